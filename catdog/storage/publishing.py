@@ -1,0 +1,160 @@
+"""Writing files so that a reader sees all of one or nothing, and refusing to write among someone else's."""
+
+import contextlib
+import fnmatch
+import io
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from catdog.errors import OutputRefusedError, StorageError
+from catdog.storage.filesystems import attempt, describe, filesystem
+from catdog.storage.listing import list_names
+from catdog.storage.urls import absolute, is_local, redact
+
+_OBJECT_STORES: Final = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"}
+"""Where a write appears whole or not at all; elsewhere a temporary file is renamed."""
+
+
+def publish_bytes(url: str, data: bytes) -> None:
+    """Write a file atomically; one that is there already is replaced.
+
+    Raises:
+        StorageError: it could not be written; nothing is left behind.
+    """
+    _publish(url, lambda file: file.write(data), lambda fs, path: fs.pipe_file(path, data))
+
+
+def publish_file(url: str, local_path: str) -> None:
+    """Copy a local file, as `publish_bytes`."""
+
+    def copy(target: IO[bytes]) -> None:
+        with open(local_path, "rb") as source:
+            shutil.copyfileobj(source, target, 2**20)
+
+    _publish(url, copy, lambda fs, path: fs.put_file(local_path, path))
+
+
+def publish_json(url: str, obj: Any) -> None:
+    """Write indented JSON, as `publish_bytes`."""
+    publish_bytes(url, (json.dumps(obj, indent=2) + "\n").encode())
+
+
+def publish_parquet(url: str, table: pa.Table) -> None:
+    """Write a Parquet file, as `publish_bytes`."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    publish_bytes(url, buffer.getvalue())
+
+
+def delete(url: str) -> None:
+    """Remove a file or a tree that the caller itself wrote; nothing happens where there is none."""
+    url = absolute(url)
+
+    def remove() -> None:
+        if not is_local(url):
+            fs, path = filesystem(url, fresh=True)
+            fs.rm(path, recursive=True)
+        elif os.path.isdir(url) and not os.path.islink(url):
+            shutil.rmtree(url)
+        else:
+            os.remove(url)
+
+    with _writing(url), contextlib.suppress(FileNotFoundError):
+        attempt(url, remove)
+
+
+def refuse_foreign_output(url: str, markers: Sequence[str]) -> None:
+    """Refuse an output that holds something, but nothing that the command writes.
+
+    Args:
+        url: the output directory.
+        markers: patterns of the names that the command writes directly under it: `("dataset.json", "_runs")`.
+
+    Raises:
+        OutputRefusedError: none of the names matches, or the output is a file.
+    """
+    url = absolute(url)
+    if is_local(url) and os.path.isfile(url):
+        raise OutputRefusedError(f"--output must be a directory. Received: --output={redact(url)}, which is a file")
+    names = list_names(url)
+    if names and not any(fnmatch.fnmatchcase(name, marker) for name in names for marker in markers):
+        held = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise OutputRefusedError(
+            "--output must be empty, or hold what this command wrote earlier. "
+            f"Received: --output={redact(url)}, which holds {held}"
+        )
+
+
+def _publish(url: str, write: Callable[[IO[bytes]], Any], put: Callable[[Any, str], Any]) -> None:
+    url = absolute(url)
+    with _writing(url):
+        if is_local(url):
+            attempt(url, lambda: _publish_local(url, write))
+        else:
+            attempt(url, lambda: _publish_remote(url, put))
+
+
+def _publish_local(path: str, write: Callable[[IO[bytes]], Any]) -> None:
+    directory, name = os.path.split(path)
+    os.makedirs(directory, exist_ok=True)
+    temporary = os.path.join(directory, _temporary(name))
+    try:
+        with open(temporary, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        raise
+    _sync_directory(directory)
+
+
+def _publish_remote(url: str, put: Callable[[Any, str], Any]) -> None:
+    fs, path = filesystem(url)
+    if url.partition("://")[0] in _OBJECT_STORES:
+        put(fs, path)
+        return
+    _publish_by_rename(fs, path, put)
+
+
+def _publish_by_rename(fs: Any, path: str, put: Callable[[Any, str], Any]) -> None:
+    """Write under a temporary name, then rename."""
+    directory, _, name = path.rpartition("/")
+    temporary = f"{directory}/{_temporary(name)}"
+    fs.makedirs(directory, exist_ok=True)
+    try:
+        put(fs, temporary)
+        fs.mv(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            fs.rm_file(temporary)
+        raise
+
+
+def _temporary(name: str) -> str:
+    return f".{name}.{uuid.uuid4().hex}.tmp"
+
+
+def _sync_directory(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _writing(url: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{redact(url)} cannot be written: {describe(error)}") from error

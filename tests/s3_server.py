@@ -1,0 +1,113 @@
+"""A real S3 server on this machine, for the tests of object storage.
+
+`ministack`, served by hypercorn on a free port in a process of its own, which ends with the session. A test module that
+needs it says `pytest_plugins = ["s3_server"]` and takes the fixture `s3`. (PYTEST_DONT_REWRITE: no asserts here, and
+test modules may import the module before pytest does.)
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+_START_S = 180.0
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running server.
+
+    Attributes:
+        endpoint: `http://127.0.0.1:<port>`.
+        env: the environment variables by which a process finds it: endpoint, credentials, region.
+        pid: of the server.
+    """
+
+    endpoint: str
+    env: dict[str, str]
+    pid: int
+
+    def new_bucket(self) -> str:
+        """A bucket of its own, empty: `s3://<name>`."""
+        import botocore.session
+
+        client = botocore.session.Session().create_client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=self.env["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=self.env["AWS_SECRET_ACCESS_KEY"],
+            region_name=self.env["AWS_DEFAULT_REGION"],
+        )
+        name = f"catdog-{uuid.uuid4().hex[:12]}"
+        client.create_bucket(Bucket=name)
+        client.close()
+        return f"s3://{name}"
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[S3Server]:
+    """Start a server, wait until it answers, and end it."""
+    with tempfile.TemporaryDirectory() as directory:
+        log = Path(directory, "log")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+        environment |= {"SERVICES": "s3", "LOG_LEVEL": "WARNING", "TMPDIR": directory}
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "hypercorn", "--bind", "127.0.0.1:0", "ministack.app:app"],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=directory,
+                env=environment,
+            )
+        try:
+            endpoint = _endpoint(process, log)
+            env = {
+                "AWS_ENDPOINT_URL": endpoint,
+                "AWS_ACCESS_KEY_ID": "test",
+                "AWS_SECRET_ACCESS_KEY": "test",
+                "AWS_DEFAULT_REGION": "us-east-1",
+            }
+            yield S3Server(endpoint, env, process.pid)
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _endpoint(process: "subprocess.Popen[bytes]", log: Path) -> str:
+    """Where the server listens, as its own log says: the system chose the port."""
+    deadline = time.monotonic() + _START_S
+    while time.monotonic() < deadline and process.poll() is None:
+        if match := re.search(r"Running on (http://127\.0\.0\.1:\d+)", log.read_text(errors="replace")):
+            return match[1]
+        time.sleep(0.05)
+    raise RuntimeError(f"the S3 server did not start: {log.read_text(errors='replace')}")
+
+
+@pytest.fixture(scope="session")
+def s3_process() -> Iterator[S3Server]:
+    """One server for the whole session."""
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_process: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The server, with this process's environment pointing to it."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_process.env.items():
+        monkeypatch.setenv(name, value)
+    return s3_process
