@@ -1,0 +1,86 @@
+"""Random augmentation, on the device that trains.
+
+Shapes: `B` images in the batch; `S` pixels per side as decoded; `T` pixels per side of a training crop; `C` = 3.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+MAX_ASPECT: Final = 4 / 3
+"""Widest (and, inverted, narrowest) crop: that of Inception's crops (Szegedy et al. 2015)."""
+
+MAX_BRIGHTNESS: Final = 0.2
+MAX_CONTRAST: Final = 0.2
+MAX_SATURATION: Final = 0.3
+"""Largest relative changes either way. Daylight and lamplight differ by more; a burnt-out picture teaches nothing."""
+
+
+def random_views(
+    images_BSSC: tf.Tensor, *, crop_size: int, min_area: float, rotation_deg: float, seed: tf.Tensor
+) -> tf.Tensor:
+    """A random view of each image: flipped, rotated, zoomed, shifted and with other light.
+
+    Flip, rotation, zoom and shift are one projective warp, with bilinear sampling; what lies outside is mirrored.
+
+    Args:
+        images_BSSC: pixels, 0 to 255, any dtype.
+        crop_size: `T`, pixels per side of the result.
+        min_area: a view shows a share of the picture's area drawn uniformly between this and 1.
+        rotation_deg: largest rotation either way, in degrees.
+        seed: int32 (2,). The same seed gives the same views.
+
+    Returns:
+        float32 (B, T, T, C), 0 to 255.
+    """
+    import tensorflow as tf
+
+    num_images = tf.shape(images_BSSC)[0]
+    side = float(images_BSSC.shape[1])
+    draws_9B = tf.unstack(tf.random.stateless_uniform([9, num_images], seed=seed))
+
+    def between(draw_B: tf.Tensor, low: float, high: float) -> tf.Tensor:
+        return low + draw_B * (high - low)
+
+    flip_B = tf.where(draws_9B[0] < 0.5, -1.0, 1.0)
+    angle_B = between(draws_9B[1], -1.0, 1.0) * math.radians(rotation_deg)
+    shown_B = tf.sqrt(between(draws_9B[2], min_area, 1.0))
+    stretch_B = tf.exp(between(draws_9B[3], -0.5, 0.5) * math.log(MAX_ASPECT))
+    width_B = tf.minimum(shown_B * stretch_B, 1.0)
+    height_B = tf.minimum(shown_B / stretch_B, 1.0)
+    shift_x_B = between(draws_9B[4], -0.5, 0.5) * (1.0 - width_B) * side
+    shift_y_B = between(draws_9B[5], -0.5, 0.5) * (1.0 - height_B) * side
+
+    # A row of `transforms` maps an output pixel (x, y) to the input pixel (a x + b y + c, d x + e y + f).
+    scale = side / crop_size
+    a_B = scale * width_B * flip_B * tf.cos(angle_B)
+    b_B = -scale * height_B * tf.sin(angle_B)
+    d_B = scale * width_B * flip_B * tf.sin(angle_B)
+    e_B = scale * height_B * tf.cos(angle_B)
+    center_in, center_out = (side - 1) / 2, (crop_size - 1) / 2
+    c_B = center_in + shift_x_B - (a_B + b_B) * center_out
+    f_B = center_in + shift_y_B - (d_B + e_B) * center_out
+    zero_B = tf.zeros_like(a_B)
+    views_BTTC = tf.raw_ops.ImageProjectiveTransformV3(
+        images=tf.cast(images_BSSC, tf.float32),
+        transforms=tf.stack([a_B, b_B, c_B, d_B, e_B, f_B, zero_B, zero_B], axis=1),
+        output_shape=[crop_size, crop_size],
+        fill_value=0.0,
+        interpolation="BILINEAR",
+        fill_mode="REFLECT",
+    )
+
+    def per_image(factor_B: tf.Tensor) -> tf.Tensor:
+        return factor_B[:, None, None, None]
+
+    brightness_B = between(draws_9B[6], -1.0, 1.0) * MAX_BRIGHTNESS * 127.5
+    contrast_B = 1.0 + between(draws_9B[7], -1.0, 1.0) * MAX_CONTRAST
+    saturation_B = 1.0 + between(draws_9B[8], -1.0, 1.0) * MAX_SATURATION
+    grey_BTT1 = tf.reduce_mean(views_BTTC, axis=-1, keepdims=True)
+    views_BTTC = grey_BTT1 + (views_BTTC - grey_BTT1) * per_image(saturation_B)
+    views_BTTC = (views_BTTC - 127.5) * per_image(contrast_B) + 127.5 + per_image(brightness_B)
+    return tf.clip_by_value(views_BTTC, 0.0, 255.0)

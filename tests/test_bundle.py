@@ -1,0 +1,94 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from catdog import architectures, bundle
+from catdog.errors import BundleError
+
+CARD = {"arch": "resnet", "image_size": 48, "temperature": 1.0, "review_threshold": 0.9}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bundle") / "model"
+    bundle.save(str(path), architectures.build_model("resnet", 48), CARD, extra_files={"history.csv": b"epoch\n1\n"})
+    return path
+
+
+@pytest.fixture
+def copied(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def test_a_bundle_loads_as_it_was_saved(saved: Path) -> None:
+    loaded = bundle.load(str(saved))
+    assert (loaded.image_size, loaded.temperature, loaded.review_threshold) == (48, 1.0, 0.9)
+    assert loaded.model_id == bundle.read_card(str(saved))[1]
+    model = bundle.load_model(loaded)
+    logits_B = np.asarray(architectures.logits_model(model)(bundle.golden_images(48).astype("float32")))[:, 0]
+    np.testing.assert_allclose(logits_B, loaded.card["golden_logits"], atol=1e-3)
+
+
+def test_golden_images_differ_and_are_full_of_detail() -> None:
+    images_BHWC = bundle.golden_images(64)
+    assert images_BHWC.shape == (4, 64, 64, 3)
+    assert len({image.tobytes() for image in images_BHWC}) == 4
+    assert images_BHWC.std(axis=(1, 2)).min() > 20
+
+
+def test_the_model_id_follows_the_weights(saved: Path, tmp_path: Path) -> None:
+    other = bundle.save(str(tmp_path), architectures.build_model("resnet", 48), CARD)
+    assert other != bundle.read_card(str(saved))[1]
+
+
+@pytest.mark.parametrize("name", [bundle.MODEL_NAME, "history.csv"])
+def test_a_damaged_file_is_named(copied: Path, name: str) -> None:
+    data = (copied / name).read_bytes()
+    (copied / name).write_bytes(data[:-1])
+    with pytest.raises(BundleError, match=rf"{name} is damaged: its SHA-256 must be \w+\. Received: \w+$"):
+        bundle.load(str(copied))
+
+
+def test_a_missing_file_is_named(copied: Path) -> None:
+    (copied / bundle.MODEL_NAME).unlink()
+    with pytest.raises(BundleError, match=r"Received: .*model\.keras is missing$"):
+        bundle.load(str(copied))
+
+
+def test_a_directory_without_a_card_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"^a model bundle is a directory with a bundle\.json\. Received: "):
+        bundle.load(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"format": "catdog-bundle/99"}, "format must be 'catdog-bundle/1'"),
+        ({"class_names": ["dog", "cat"]}, r"class_names must be \['cat', 'dog'\]"),
+        ({"resize_rule": "crop"}, "resize_rule must be "),
+        ({"image_size": "150"}, "image_size must be of type int"),
+        ({"files": {}}, r"files must list model\.keras"),
+    ],
+)
+def test_a_card_that_is_not_understood_is_refused(copied: Path, change: dict[str, object], rule: str) -> None:
+    path = copied / bundle.CARD_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(BundleError, match=rf"{rule}.* Received: "):
+        bundle.load(str(copied))
+
+
+def test_a_card_that_is_no_json_is_refused(copied: Path) -> None:
+    (copied / bundle.CARD_NAME).write_text("{")
+    with pytest.raises(BundleError, match=r"^bundle\.json must be JSON\. Received: "):
+        bundle.load(str(copied))
+
+
+def test_a_model_that_computes_something_else_is_refused(copied: Path) -> None:
+    path = copied / bundle.CARD_NAME
+    card = json.loads(path.read_text())
+    path.write_text(json.dumps(card | {"golden_logits": [logit + 1 for logit in card["golden_logits"]]}))
+    with pytest.raises(BundleError, match=r"must compute its golden logits to within 0\.25\. Received: off by 1"):
+        bundle.load_model(bundle.load(str(copied)))
