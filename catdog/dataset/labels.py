@@ -1,0 +1,145 @@
+"""Which class a listed image belongs to: from its folder, its file name, or a table."""
+
+import re
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from catdog import storage
+from catdog.errors import UsageError
+from catdog.schema import CLASS_NAMES
+
+RULES: Final = ("auto", "folder", "prefix")
+
+TABLE_SCHEMA: Final = pa.schema([("uri", pa.string()), ("label", pa.string())])
+
+_OTHER_SUFFIXES: Final = frozenset(
+    (
+        ".csv",
+        ".db",
+        ".docx",
+        ".html",
+        ".ini",
+        ".json",
+        ".log",
+        ".md",
+        ".parquet",
+        ".pdf",
+        ".tsv",
+        ".txt",
+        ".xml",
+        ".yml",
+    )
+)
+
+_PREFIX: Final = re.compile(r"[A-Za-z]+")
+
+
+def class_index(name: str) -> int | None:
+    """Index into `CLASS_NAMES` of a class named `cat`, `Cats`, `DOG`, ...; None if the name is neither."""
+    singular = name.strip().lower().removesuffix("s")
+    return CLASS_NAMES.index(singular) if singular in CLASS_NAMES else None
+
+
+def _path(uri: str) -> PurePosixPath:
+    """The path inside the innermost container: `zip://train/cat.1.jpg::s3://bucket/train.zip` is `train/cat.1.jpg`."""
+    return PurePosixPath(uri.split("::", 1)[0].split("://", 1)[-1])
+
+
+def by_folder(uri: str) -> int | None:
+    """Class index from the parent folder's name."""
+    return class_index(_path(uri).parent.name)
+
+
+def by_prefix(uri: str) -> int | None:
+    """Class index from the letters that the file name begins with: `cat.123.jpg`, `dog_7.png`."""
+    letters = _PREFIX.match(_path(uri).name)
+    return class_index(letters.group()) if letters else None
+
+
+def by_rule(rule: str, uri: str) -> int | None:
+    """Class index by one of `RULES`, None where it does not tell."""
+    index = by_folder(uri) if rule in ("auto", "folder") else None
+    if index is None and rule in ("auto", "prefix"):
+        index = by_prefix(uri)
+    return index
+
+
+def is_other_file(uri: str) -> bool:
+    """Whether the file's name says that it is no image: a read-me or a licence beside the photographs."""
+    return _path(uri).suffix.lower() in _OTHER_SUFFIXES
+
+
+def table_url(labels: str, images: str) -> str | None:
+    """The table that holds the labels, None if they follow from the names.
+
+    That is `labels` where it is no rule, or under `auto` the manifest itself if it has a column `label`.
+    """
+    if labels not in RULES:
+        if not labels.lower().endswith((".csv", ".parquet")):
+            raise UsageError(
+                f"--labels must be auto, folder, prefix, or a .csv or .parquet file. Received: --labels={labels}"
+            )
+        return labels
+    if labels == "auto" and images.lower().endswith(".parquet") and storage.exists(images):
+        with storage.open_read(images) as file:
+            if "label" in pq.read_schema(file).names:
+                return images
+    return None
+
+
+def read_table(url: str, images: str) -> Iterator[pa.Table]:
+    """The rows of a table of labels, in batches of `TABLE_SCHEMA`, `uri` as it is listed.
+
+    A relative `uri` stands under `images`; where that is a manifest, under the manifest's directory, as in the listing.
+    """
+    if not storage.exists(url):
+        raise UsageError(f"A table of labels must exist. Received: --labels={url}")
+    with storage.open_read(url) as file:
+        for batch in _csv_batches(file) if url.lower().endswith(".csv") else _parquet_batches(file):
+            names = batch.schema.names
+            if not {"uri", "label"} <= set(names):
+                raise UsageError(f"A table of labels must have the columns uri and label. Received: {url} with {names}")
+            pairs = zip(batch["uri"].to_pylist(), batch["label"].to_pylist(), strict=True)
+            rows = [
+                {"uri": _listed_uri(uri, images), "label": _class_name(label)}
+                for uri, label in pairs
+                if uri is not None and label is not None
+            ]
+            yield pa.Table.from_pylist(rows, schema=TABLE_SCHEMA)
+
+
+def _class_name(label: object) -> str:
+    """`cat` or `dog` for their spellings, else the label as it came."""
+    index = class_index(str(label))
+    return str(label) if index is None else CLASS_NAMES[index]
+
+
+def _csv_batches(file: Any) -> Iterator[pa.RecordBatch]:
+    as_text = pa.csv.ConvertOptions(column_types={"uri": pa.string(), "label": pa.string()})
+    try:
+        yield from pa.csv.open_csv(file, convert_options=as_text)
+    except pa.ArrowInvalid as error:
+        raise UsageError(f"A table of labels must be readable as CSV. Received: {error}") from error
+
+
+def _parquet_batches(file: Any) -> Iterator[pa.RecordBatch]:
+    try:
+        parquet = pq.ParquetFile(file)
+    except pa.ArrowInvalid as error:
+        raise UsageError(f"A table of labels must be readable as Parquet. Received: {error}") from error
+    names = [name for name in parquet.schema_arrow.names if name in TABLE_SCHEMA.names]
+    yield from parquet.iter_batches(columns=names)
+
+
+def _listed_uri(uri: str, images: str) -> str:
+    if "://" in uri or uri.startswith("/"):
+        return storage.absolute(uri)
+    if images.lower().endswith(".zip"):
+        return f"zip://{uri}::{storage.absolute(images)}"
+    root = storage.absolute(images)
+    return storage.join(root.rpartition("/")[0] if root.lower().endswith(".parquet") else root, uri)

@@ -1,0 +1,29 @@
+"""Which split an image belongs to: a pure function of its group's key and a seed."""
+
+import hashlib
+from typing import Final
+
+from catdog.schema import SPLITS
+
+_POSITION_BYTES: Final = 8
+
+
+def split_of(group_key: str, *, seed: int, val_fraction: float, test_fraction: float) -> str:
+    """The split of a duplicate group.
+
+    Args:
+        group_key: the smallest `image_id` of the group.
+        seed: another seed is another, independent split.
+        val_fraction: expected share of the groups in `val`.
+        test_fraction: expected share of the groups in `test`.
+    """
+    digest = hashlib.sha256(f"{seed}:{group_key}".encode()).digest()
+    position = int.from_bytes(digest[:_POSITION_BYTES]) / 256**_POSITION_BYTES
+    if position < test_fraction:
+        return "test"
+    return "val" if position < test_fraction + val_fraction else "train"
+
+
+def split_index(split: str) -> int:
+    """Index into `SPLITS`."""
+    return SPLITS.index(split)

@@ -1,0 +1,48 @@
+"""Joining a Ray cluster, or starting an embedded Ray on this machine."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
+
+
+def cluster_address(ray_address: str | None) -> str | None:
+    """The cluster to run on: `ray_address`, else the environment's `RAY_ADDRESS`, else None for an embedded Ray."""
+    return ray_address or os.environ.get("RAY_ADDRESS") or None
+
+
+@contextlib.contextmanager
+def connect(ray_address: str | None, *, min_cpus: int = 1) -> Iterator[None]:
+    """Join the cluster, or start an embedded Ray, for the length of a `with` block.
+
+    An embedded Ray counts at least `min_cpus` logical CPUs, however few cores there are: training workers that take
+    every core would otherwise leave none for the tasks that feed them. A Ray that this process has joined already is
+    used as it stands, and left running.
+    """
+    # Ray's own default will become this one; setting it silences the warning that says so.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = cluster_address(ray_address)
+    if address is None:
+        num_cpus = max(os.cpu_count() or 1, min_cpus)
+        logger.info("Starting an embedded Ray with %d logical CPUs", num_cpus)
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    else:
+        logger.info("Joining the Ray cluster at %s", address)
+        ray.init(address=address, logging_level=logging.WARNING)
+    try:
+        yield
+    finally:
+        ray.shutdown()
