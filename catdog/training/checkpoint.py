@@ -1,0 +1,110 @@
+"""Training checkpoints: one file each, published atomically, verified on load.
+
+`OUTPUT/_checkpoints/epoch-0007-<digest>.npz` holds the state after seven whole epochs. Its name carries the first 16
+hex digits of its content's SHA-256: a file that was cut short or altered is passed over for the one before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import re
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from catdog import storage
+from catdog.errors import TrainingError
+
+logger = logging.getLogger(__name__)
+
+DIRECTORY: Final = "_checkpoints"
+NUM_KEPT: Final = 2
+"""The newest, and the one before it in case the newest is damaged."""
+
+_NAME: Final = re.compile(r"epoch-(\d{4,})-([0-9a-f]{16})\.npz")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The state of a training after a whole number of epochs."""
+
+    epoch: int
+    """Epochs done."""
+
+    history: list[dict[str, float]]
+    """A row per epoch done, as in `history.csv`."""
+
+    arrays: dict[str, list[npt.NDArray[Any]]]
+    """`model` and `optimizer` after the last epoch, `best` after the epoch with the lowest validation loss."""
+
+
+def save(output: str, checkpoint: Checkpoint) -> None:
+    """Publish a checkpoint, then prune all but the newest `NUM_KEPT`."""
+    named = {
+        f"{group}-{index:04d}": array
+        for group, arrays in checkpoint.arrays.items()
+        for index, array in enumerate(arrays)
+    }
+    meta = json.dumps({"epoch": checkpoint.epoch, "history": checkpoint.history})
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, meta=np.frombuffer(meta.encode(), np.uint8), **named)
+    data = buffer.getvalue()
+    name = f"epoch-{checkpoint.epoch:04d}-{hashlib.sha256(data).hexdigest()[:16]}.npz"
+    directory = storage.join(output, DIRECTORY)
+    storage.publish_bytes(storage.join(directory, name), data)
+    for _, stale in _names(output)[NUM_KEPT:]:
+        storage.delete(storage.join(directory, stale))
+
+
+def load_latest(output: str) -> Checkpoint | None:
+    """The newest checkpoint that is whole, or None."""
+    for epoch, name in _names(output):
+        checkpoint = _load(storage.join(output, DIRECTORY, name))
+        if checkpoint is not None:
+            return checkpoint
+        logger.warning("The checkpoint of epoch %d is damaged; taking the one before it", epoch)
+    return None
+
+
+def load(output: str, epoch: int) -> Checkpoint:
+    """The checkpoint of one epoch.
+
+    Raises:
+        TrainingError: it is gone or damaged.
+    """
+    for found, name in _names(output):
+        if found == epoch and (checkpoint := _load(storage.join(output, DIRECTORY, name))) is not None:
+            return checkpoint
+    raise TrainingError(f"every worker must find the checkpoint that the first one chose. Received: no epoch {epoch}")
+
+
+def delete_all(output: str) -> None:
+    """Remove every checkpoint: the training is finished."""
+    for _, name in _names(output):
+        storage.delete(storage.join(output, DIRECTORY, name))
+
+
+def _names(output: str) -> list[tuple[int, str]]:
+    """(epoch, file name), newest first."""
+    matches = (_NAME.fullmatch(name) for name in storage.list_names(storage.join(output, DIRECTORY)))
+    return sorted(((int(match[1]), match[0]) for match in matches if match), reverse=True)
+
+
+def _load(url: str) -> Checkpoint | None:
+    """The checkpoint, or None where the file is not what its name says."""
+    data = storage.read_bytes(url)
+    match = _NAME.fullmatch(url.rsplit("/", 1)[-1])
+    if match is None or hashlib.sha256(data).hexdigest()[:16] != match[2]:
+        return None
+    arrays: dict[str, list[npt.NDArray[Any]]] = {}
+    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+        meta = json.loads(archive["meta"].tobytes())
+        for name in sorted(archive.files):
+            if name != "meta":
+                arrays.setdefault(name.rsplit("-", 1)[0], []).append(archive[name])
+    return Checkpoint(epoch=meta["epoch"], history=meta["history"], arrays=arrays)
