@@ -1,0 +1,141 @@
+"""What the tests of bulk prediction share: a small model, photographs, and reading an output back."""
+
+import contextlib
+import os
+import signal
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from catdog import bundle
+from catdog.architectures import LOGITS_LAYER, build_model
+
+SIZE_PX = 48
+REVIEW_THRESHOLD = 0.7
+
+
+def save_model(url: str, seed: int = 0) -> str:
+    """A small network that nobody trained: what it says means nothing, but every picture gets another answer."""
+    import keras
+
+    keras.utils.set_random_seed(seed)
+    model = build_model("resnet", SIZE_PX)
+    logits = model.get_layer(LOGITS_LAYER)
+    logits.set_weights([weights * 20 for weights in logits.get_weights()])
+    bundle.save(url, model, {"image_size": SIZE_PX, "temperature": 1.5, "review_threshold": REVIEW_THRESHOLD})
+    return url
+
+
+def photographs(shared_data: Path, directory: Path, num_photos: int) -> Path:
+    """A folder of photographs, `000.jpg` and so on, and four files that are no usable image."""
+    directory.mkdir(parents=True)
+    with zipfile.ZipFile(shared_data / "dogs-vs-cats" / "train-0.zip") as archive:
+        members = [info for info in archive.infolist() if info.filename.endswith(".jpg")][:num_photos]
+        for number, info in enumerate(members):
+            (directory / f"{number:03}.jpg").write_bytes(archive.read(info))
+    (directory / "cut.jpg").write_bytes((directory / "000.jpg").read_bytes()[:1000])
+    (directory / "empty.jpg").write_bytes(b"")
+    (directory / "gone.jpg").symlink_to("nowhere.jpg")
+    (directory / "letter.jpg").write_text("Dear cat,")
+    return directory
+
+
+def rows_of(output: Path | str) -> pa.Table:
+    """All rows of a local output as a plain Parquet reader sees them, by uri."""
+    tables = [pq.read_table(path) for path in sorted(Path(output).glob("part-*.parquet"))]
+    return pa.concat_tables(tables).sort_by("uri")
+
+
+def answers(output: Path | str) -> list[dict[str, Any]]:
+    """Rows less what differs from run to run."""
+    return rows_of(output).drop_columns(["run_id", "predicted_at"]).to_pylist()
+
+
+def kill_after_first_part(command: str, output: Path, *, victim: Callable[[int], int] = lambda pid: pid) -> None:
+    """Run Python code as a process, and kill it, or `victim` of its id, when the first part is there.
+
+    Raises:
+        RuntimeError: it ended by itself.
+    """
+    process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.DEVNULL)
+    try:
+        while not list(output.glob("part-*.parquet")):
+            if process.poll() is not None:
+                raise RuntimeError(f"the process ended by itself with exit code {process.returncode}")
+            time.sleep(0.005)
+        os.kill(victim(process.pid), signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    if list(output.glob("_runs/*.json")):
+        raise RuntimeError("the process had finished")
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Living processes that a process started, and those that they started: id → command line (Linux)."""
+    parents, lines = {}, {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            process = int(entry.name)
+            parents[process] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            lines[process] = (entry / "cmdline").read_text().replace("\0", " ")
+
+    def descends(process: int) -> bool:
+        return process in parents and (parents[process] == pid or descends(parents[process]))
+
+    return {process: line for process, line in lines.items() if descends(process)}
+
+
+class Relay(socketserver.ThreadingTCPServer):
+    """Passes connections on to a server until it is closed: a network that can go down and come back."""
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, target: tuple[str, int], port: int = 0) -> None:
+        self.target = target
+        self.open: list[socket.socket] = []
+        self.num_bytes = 0
+        super().__init__(("127.0.0.1", port), _RelayHandler)
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def go_down(self) -> None:
+        self.shutdown()
+        self.server_close()
+        for connection in self.open:
+            _cut(connection)
+
+
+def _cut(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
+
+
+class _RelayHandler(socketserver.BaseRequestHandler):
+    server: Relay
+
+    def handle(self) -> None:
+        upstream = socket.create_connection(self.server.target)
+        self.server.open += [self.request, upstream]
+        back = threading.Thread(target=self._pass_on, args=(upstream, self.request), daemon=True)
+        back.start()
+        self._pass_on(self.request, upstream)
+        back.join()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                self.server.num_bytes += len(data)
+                target.sendall(data)
+        _cut(target)
