@@ -1,0 +1,338 @@
+"""`catdog.evaluation` on datasets whose right answers are known, with a model whose every probability is known.
+
+Dogs are red here and cats are blue; the model looks at nothing else.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from catdog import architectures, bundle, evaluation, report, storage
+from catdog.config import EvaluateConfig
+from catdog.dataset import load_info
+from catdog.engines import load_engine
+from catdog.errors import BundleError, DatasetError, OutputRefusedError, UsageError
+from catdog.inference.label import Labeller
+from catdog.schema import DATASET_SCHEMA
+
+SIZE_PX = 32
+GAIN = 10.0
+REVIEW_THRESHOLD = 0.9
+Row = dict[str, Any]
+
+
+def prob_dog_of(redness: int) -> float:
+    """What the model makes of a picture with so much more red than blue, of 255."""
+    return 1 / (1 + math.exp(-GAIN * redness / 255))
+
+
+def picture(redness: int, width: int = 40) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, 30), (max(redness, 0), 0, max(-redness, 0))).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def row_of(image: bytes, uri: str, label: int) -> Row:
+    width, height = Image.open(io.BytesIO(image)).size
+    image_id = hashlib.sha256(image).hexdigest()
+    return {"image_id": image_id, "uri": uri, "label": label, "image": image, "width": width, "height": height}
+
+
+def rows_of(labels_and_redness: Sequence[tuple[int, int]]) -> list[Row]:
+    """A row per (label, redness); no two pictures are the same file."""
+    return [
+        row_of(picture(redness, width=40 + index), f"/photos/{index}.png", label)
+        for index, (label, redness) in enumerate(labels_and_redness)
+    ]
+
+
+def write_dataset(url: str, parts: Sequence[list[Row]]) -> str:
+    """A dataset with these parts in its test split, and nothing else in it."""
+    names = [f"part-{index:05}.parquet" for index in range(len(parts))]
+    for name, rows in zip(names, parts, strict=True):
+        storage.publish_parquet(storage.join(url, "test", name), pa.Table.from_pylist(rows, schema=DATASET_SCHEMA))
+    labels = [row["label"] for rows in parts for row in rows]
+    num_dogs = sum(label != 0 for label in labels)
+    info = {
+        "format": "catdog-dataset",
+        "format_version": 1,
+        "class_names": ["cat", "dog"],
+        "counts": {
+            "train": {"cat": 0, "dog": 0},
+            "val": {"cat": 0, "dog": 0},
+            "test": {"cat": len(labels) - num_dogs, "dog": num_dogs},
+        },
+        "parts": {"train": {}, "val": {}, "test": dict(zip(names, map(len, parts), strict=True))},
+        "mean": [128.0, 128.0, 128.0],
+        "std": [64.0, 64.0, 64.0],
+        "digest": "0123",
+    }
+    storage.publish_json(storage.join(url, "dataset.json"), info)
+    return url
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A bundle whose logit is `GAIN` times red minus blue."""
+    import keras
+
+    inputs = keras.Input((SIZE_PX, SIZE_PX, 3))
+    means = keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(1 / 255)(inputs))
+    logits = keras.layers.Dense(1, name=architectures.LOGITS_LAYER)
+    outputs = keras.layers.Activation("sigmoid", name=architectures.PROBABILITY_LAYER)(logits(means))
+    logits.set_weights([np.array([[GAIN], [0.0], [-GAIN]]), np.zeros(1)])
+    card = {"image_size": SIZE_PX, "temperature": 1.0, "review_threshold": REVIEW_THRESHOLD}
+    url = str(tmp_path_factory.mktemp("evaluation") / "model")
+    bundle.save(url, keras.Model(inputs, outputs), card)
+    return url
+
+
+# Four cats and five dogs; a cat labelled dog, a dog labelled cat, and a dog of which the model is not sure.
+ANSWERS = [(0, -200), (0, -150), (0, -100), (0, 180), (1, 200), (1, 150), (1, 30), (1, 100), (1, -120)]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    rows = rows_of(ANSWERS)
+    return write_dataset(str(tmp_path / "data"), [rows[:4], rows[4:]])
+
+
+@pytest.fixture
+def titles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[report.GridItem]]]:
+    """What every grid of photographs is asked to show."""
+    asked: list[tuple[str, list[report.GridItem]]] = []
+    draw = report.predictions_grid
+
+    def recording(items: Sequence[report.GridItem], title: str = "") -> bytes:
+        asked.append((title, list(items)))
+        return draw(items, title)
+
+    monkeypatch.setattr(report, "predictions_grid", recording)
+    return asked
+
+
+def evaluated(data: str, model: str, output: Path | str, **changes: Any) -> Row:
+    return evaluation.evaluate(EvaluateConfig(data=data, model=model, output=str(output), **changes))
+
+
+def test_evaluate_measures_and_writes(
+    data: str, model: str, tmp_path: Path, titles: list[tuple[str, list[report.GridItem]]]
+) -> None:
+    output = tmp_path / "evaluation"
+    record = evaluated(data, model, output)
+
+    assert {path.name for path in output.iterdir()} == set(evaluation.OUTPUT_NAMES) == set(record["files"])
+    saved = json.loads((output / "metrics.json").read_text())
+    assert {name: value for name, value in record.items() if name not in ("command", "output", "files")} == saved
+
+    assert saved["split"] == "test"
+    assert saved["num_images"] == 9
+    assert saved["class_counts"] == {"cat": 4, "dog": 5}
+    assert saved["confusion_matrix"] == [[3, 1], [1, 4]]
+    assert saved["accuracy"]["value"] == pytest.approx(7 / 9)
+    assert saved["per_class"]["dog"]["recall"]["value"] == pytest.approx(4 / 5)
+    prob_true = [prob_dog_of(redness if label else -redness) for label, redness in ANSWERS]
+    assert saved["log_loss"]["value"] == pytest.approx(-np.log(prob_true).mean(), rel=1e-4)
+    # One of nine is left to a person; of the other eight, six are right.
+    assert saved["review_threshold"] == REVIEW_THRESHOLD
+    assert saved["coverage"]["value"] == pytest.approx(8 / 9)
+    assert saved["selective_accuracy"]["value"] == pytest.approx(6 / 8)
+    assert saved["model_id"] == bundle.read_card(model)[1]
+    assert saved["data_digest"] == "0123"
+    assert saved["config"]["batch_size"] == 64
+    assert {"catdog", "tensorflow", "scipy"} <= set(saved["versions"])
+
+    table = pq.read_table(output / "predictions.parquet")
+    assert table.schema.equals(evaluation.EVALUATION_SCHEMA)
+    assert table["uri"].to_pylist() == [f"/photos/{index}.png" for index in range(9)]
+    assert table["image_id"].to_pylist() == [row["image_id"] for row in rows_of(ANSWERS)]
+    assert table["true_label"].to_pylist() == ["cat"] * 4 + ["dog"] * 5
+    assert table["label"].to_pylist() == ["cat"] * 3 + ["dog"] * 5 + ["cat"]
+    assert table["prob_dog"].to_pylist() == pytest.approx([prob_dog_of(redness) for _, redness in ANSWERS], rel=1e-4)
+    assert table["needs_review"].to_pylist() == [index == 6 for index in range(9)]
+
+    # The surest disagreement first.
+    assert [suspect["uri"] for suspect in saved["suspects"]] == ["/photos/3.png", "/photos/8.png"]
+    assert saved["suspects"][0]["true_label"] == "cat"
+    assert saved["suspects"][0]["label"] == "dog"
+    assert saved["suspects"][0]["confidence"] == pytest.approx(prob_dog_of(180), abs=1e-5)
+
+    for name in ("confusion.png", "predictions.png"):
+        Image.open(output / name).load()
+    [(title, items)] = titles
+    assert title == "2 of 9 wrong; 7 of the right ones, at random"
+    assert [item.is_right for item in items] == [False] * 2 + [True] * 7
+    assert items[0].image == rows_of(ANSWERS)[3]["image"]
+
+
+def test_the_batch_size_changes_nothing(data: str, model: str, tmp_path: Path) -> None:
+    evaluated(data, model, tmp_path / "all")
+    for batch_size in (1, 2):
+        evaluated(data, model, tmp_path / "batches", batch_size=batch_size)
+        for name in ("predictions.parquet", "predictions.png", "confusion.png"):
+            assert (tmp_path / "all" / name).read_bytes() == (tmp_path / "batches" / name).read_bytes()
+
+
+def test_no_more_than_a_batch_of_pictures_is_held(data: str, model: str) -> None:
+    loaded = bundle.load(model)
+    labeller = Labeller(loaded, load_engine(loaded), batch_size=3)
+    sizes = [(len(table), len(images)) for table, images in evaluation.label_split(load_info(data), "test", labeller)]
+    assert sizes == [(3, 3), (1, 1), (3, 3), (2, 2)]  # parts of four and of five
+
+
+def test_the_grid_shows_the_surest_wrong_and_random_right_ones(
+    model: str, tmp_path: Path, titles: list[tuple[str, list[report.GridItem]]]
+) -> None:
+    rng = np.random.default_rng(0)
+    wrong = [(0, int(redness)) for redness in rng.permutation(np.arange(50, 90))]
+    right = [(1, int(redness)) for redness in rng.integers(50, 200, 40)]
+    rows = rows_of([*wrong, *right])
+    evaluated(write_dataset(str(tmp_path / "data"), [rows]), model, tmp_path / "one", batch_size=7)
+    evaluated(write_dataset(str(tmp_path / "turned"), [rows[::-1]]), model, tmp_path / "other", batch_size=16)
+
+    (title, items), (other_title, other_items) = titles
+    assert title == other_title == "40 of 80 wrong: the 12 surest of them; 12 of the right ones, at random"
+    assert items == other_items  # whatever order the images come in
+    shown = [item.image for item in items]
+    surest = sorted(rows[:40], key=lambda row: -wrong[rows.index(row)][1])[:12]
+    assert shown[:12] == [row["image"] for row in surest]
+    assert len(set(shown)) == 24
+    assert shown[12:] != [row["image"] for row in rows[40:52]]
+
+    saved = json.loads((tmp_path / "one" / "metrics.json").read_text())
+    assert [suspect["uri"] for suspect in saved["suspects"][:12]] == [row["uri"] for row in surest]
+    assert len(saved["suspects"]) == 40
+
+
+def test_nothing_wrong_and_one_class_only(
+    model: str, tmp_path: Path, titles: list[tuple[str, list[report.GridItem]]]
+) -> None:
+    record = evaluated(write_dataset(str(tmp_path / "data"), [rows_of([(1, 100)] * 3)]), model, tmp_path / "evaluation")
+    assert record["accuracy"]["value"] == 1
+    assert record["roc_auc"]["reason"] == "every image is of one class"
+    assert record["suspects"] == []
+    assert titles[0][0] == "0 of 3 wrong; 3 of the right ones, at random"
+    json.loads((tmp_path / "evaluation" / "metrics.json").read_text(), parse_constant=pytest.fail)  # no NaN
+
+
+def test_everything_wrong(model: str, tmp_path: Path, titles: list[tuple[str, list[report.GridItem]]]) -> None:
+    record = evaluated(write_dataset(str(tmp_path / "data"), [rows_of([(0, 90), (1, -80)])]), model, tmp_path / "out")
+    assert record["accuracy"]["value"] == 0
+    assert record["roc_auc"]["value"] == 0
+    assert titles[0][0] == "2 of 2 wrong"
+
+
+def test_an_earlier_evaluation_is_replaced_and_other_files_are_left_alone(
+    data: str, model: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "evaluation"
+    evaluated(data, model, output)
+    (output / "notes.txt").write_text("mine")
+    other = write_dataset(str(tmp_path / "other"), [rows_of([(0, -50), (1, 50)])])
+    evaluated(other, model, output)
+    assert json.loads((output / "metrics.json").read_text())["num_images"] == 2
+    assert len(pq.read_table(output / "predictions.parquet")) == 2
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_an_evaluation_that_was_killed_while_it_was_written_is_done_again(
+    data: str, model: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "evaluation"
+    evaluated(data, model, output)
+    (output / "metrics.json").unlink()
+    (output / "predictions.png").unlink()
+    (output / ".predictions.png.0.tmp").write_bytes(b"half")
+    evaluated(data, model, output)
+    assert json.loads((output / "metrics.json").read_text())["num_images"] == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("thesis.txt", "important"),
+        ("metrics.json", '{"accuracy": 0.5}'),
+        ("metrics.json", "[1, 2]"),
+        ("metrics.json", "not JSON"),
+    ],
+)
+def test_an_output_that_holds_something_else_is_refused(
+    data: str, model: str, tmp_path: Path, name: str, content: str
+) -> None:
+    output = tmp_path / "mine"
+    output.mkdir()
+    (output / name).write_text(content)
+    message = rf"--output must be empty.* Received: .*mine, which holds {name}"
+    with pytest.raises(OutputRefusedError, match=message):
+        evaluated(data, model, output)
+    assert os.listdir(output) == [name]
+    assert (output / name).read_text() == content
+
+
+def test_a_split_without_images_is_refused(data: str, model: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--split must name a split that holds images\. Received: --split=val of "):
+        evaluated(data, model, tmp_path / "evaluation", split="val")
+    assert not (tmp_path / "evaluation").exists()
+
+
+@pytest.mark.parametrize("missing", ["data", "model"])
+def test_a_missing_dataset_or_model_is_named(data: str, model: str, tmp_path: Path, missing: str) -> None:
+    arguments = {"data": data, "model": model} | {missing: str(tmp_path / "nowhere")}
+    with pytest.raises((DatasetError, BundleError), match=r"Received: .*nowhere"):
+        evaluated(output=tmp_path / "evaluation", **arguments)
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_a_picture_that_does_not_decode_is_a_damaged_dataset(model: str, tmp_path: Path) -> None:
+    rows = rows_of([(0, -50), (1, 50), (1, 60)])
+    rows[1]["image"] = rows[1]["image"][:40]
+    data = write_dataset(str(tmp_path / "data"), [rows])
+    with pytest.raises(
+        DatasetError, match=r"every picture of a dataset must decode\. Received: /photos/1\.png of .*: "
+    ):
+        evaluated(data, model, tmp_path / "evaluation")
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_a_label_that_is_neither_class_is_a_damaged_dataset(model: str, tmp_path: Path) -> None:
+    data = write_dataset(str(tmp_path / "data"), [rows_of([(0, -50), (2, 50)])])
+    with pytest.raises(DatasetError, match=r"a dataset's labels must be 0 \(cat\) or 1 \(dog\)\. Received: 2 in "):
+        evaluated(data, model, tmp_path / "evaluation")
+
+
+def test_object_storage_for_everything(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    root = "memory://test_evaluation"
+    for path in Path(model).iterdir():
+        storage.publish_file(storage.join(root, "model", path.name), str(path))
+    data = write_dataset(storage.join(root, "data"), [rows_of(ANSWERS)])
+    for _ in range(2):  # the second replaces the first
+        record = evaluated(data, storage.join(root, "model"), storage.join(root, "evaluation"))
+        assert record["files"]["metrics.json"] == "memory://test_evaluation/evaluation/metrics.json"
+        assert storage.read_json(record["files"]["metrics.json"])["accuracy"]["value"] == pytest.approx(7 / 9)
+        assert set(storage.list_names(storage.join(root, "evaluation"))) == set(evaluation.OUTPUT_NAMES)
+
+
+def test_real_photographs(shared_data: Path, model: str, tmp_path: Path) -> None:
+    rows = []
+    with zipfile.ZipFile(shared_data / "other-cameras.zip") as archive:
+        for name in [name for name in archive.namelist() if name.endswith(".jpg")][::6]:
+            image = archive.read(name)
+            rows.append(row_of(image, name, label=int(name.startswith("dog/"))))
+    record = evaluated(write_dataset(str(tmp_path / "data"), [rows]), model, tmp_path / "evaluation")
+    assert record["num_images"] == len(rows) >= 90
+    assert np.sum(record["confusion_matrix"]) == len(rows)
+    with Image.open(tmp_path / "evaluation" / "predictions.png") as grid:
+        assert grid.size == (1476, 1242)
