@@ -1,0 +1,30 @@
+# `make demo`, `make test`, `make check`: from a bare machine with Python 3.11 or newer, and make.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Written once everything is installed; older than what it was installed from means: install again.
+INSTALLED := .venv/installed
+
+.PHONY: demo test check clean
+
+demo: $(INSTALLED)
+	$(BIN)/catdog demo --output catdog-demo
+
+test: $(INSTALLED)
+	$(BIN)/pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_layers.py
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "catdog needs Python 3.11 or newer: make PYTHON=/path/to/python3.11. Received: $$($(PYTHON) --version 2>&1)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info

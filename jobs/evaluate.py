@@ -1,0 +1,15 @@
+"""`catdog evaluate` for `ray job submit --working-dir . -- python -m jobs.evaluate ...`."""
+
+import sys
+from collections.abc import Sequence
+
+from catdog import cli
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `catdog evaluate` with these arguments and return its exit code."""
+    return cli.main(["evaluate", *argv])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,295 @@
+"""The command line: what it prints, what it exits with, and how little it needs to answer."""
+
+import dataclasses
+import json
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from catdog import __version__, cli, drawings
+from catdog.config import PredictConfig, flag
+from catdog.errors import StorageError
+
+PROJECT = Path(__file__).resolve().parents[1]
+JOBS = ["prepare", "train", "evaluate", "predict"]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:
+    """Run a command line that must fail: its exit code and its one line."""
+    exit_code = cli.main(args)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    return exit_code, err.removeprefix("error: ").rstrip("\n")
+
+
+def helps(args: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(args)
+    assert stopped.value.code == 0
+
+
+COMMANDS = "catdog must be given one of the commands demo, prepare, train, evaluate, predict. Received: "
+TRAIN = "train --data d --output o "
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", COMMANDS + "nothing"),
+        ("label", COMMANDS + "label"),
+        ("--dry-run", COMMANDS + "--dry-run"),
+        ("train", "catdog train needs --data and --output. Received: catdog train"),
+        ("predict --images i", "catdog predict needs --output and --model. Received: catdog predict --images i"),
+        ("train --data", "--data needs a value. Received: catdog train --data"),
+        (TRAIN + "--foo", "catdog train takes only the flags that catdog train --help lists. Received: --foo"),
+        (TRAIN + "--foo 3", "catdog train takes only the flags that catdog train --help lists. Received: --foo 3"),
+        ("train --dta d", "catdog train takes only the flags that catdog train --help lists. Received: --dta d"),
+        (TRAIN + "extra", "catdog train takes only the flags that catdog train --help lists. Received: extra"),
+        (TRAIN + "--epochs many", "--epochs must be an integer. Received: --epochs=many"),
+        (TRAIN + "--epochs=1.5", "--epochs must be an integer. Received: --epochs=1.5"),
+        (TRAIN + "--epochs None", "--epochs must be an integer. Received: --epochs=None"),
+        (TRAIN + "--learning-rate fast", "--learning-rate must be a number. Received: --learning-rate=fast"),
+        (TRAIN + "--epochs 0", "--epochs must be at least 1. Received: --epochs=0"),
+        (TRAIN + "--epochs -1", "--epochs must be at least 1. Received: --epochs=-1"),
+        (TRAIN + "--batch_size=0", "--batch-size must be at least 1. Received: --batch-size=0"),
+        (
+            "predict --images i --output o --model m --batch-size 0",
+            "--batch-size must be at least 1. Received: --batch-size=0",
+        ),
+        (
+            TRAIN + "--precision half",
+            "--precision must be one of auto, float32, bfloat16, float16. Received: --precision=half",
+        ),
+        (
+            "prepare --images i --output o --val-fraction 0.7 --test-fraction 0.4",
+            "--val-fraction and --test-fraction must leave a share for training. "
+            "Received: --val-fraction=0.7 --test-fraction=0.4",
+        ),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str], line: str, message: str) -> None:
+    assert fails(capsys, *line.split()) == (2, message)
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of a user with nothing but bad input."""
+    for name in ("empty", "only-cats/cat", "cow", "mine", "broken"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("only-cats/cat/1.png", "cow/cow.png"):
+        drawings.draw("cat", (0, 0)).save(tmp_path / name)
+    (tmp_path / "cow" / "labels.csv").write_text("uri,label\ncow.png,cow\n")
+    (tmp_path / "mine" / "thesis.txt").touch()
+    (tmp_path / "broken" / "bundle.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return tmp_path
+
+
+OURS = "--output must be empty, or hold what this command wrote earlier. Received: --output={0}/mine, which holds "
+NO_DATASET = "A dataset must hold dataset.json, which prepare writes last. Received: "
+
+
+@pytest.mark.parametrize(
+    ("line", "exit_code", "message"),
+    [
+        ("prepare --images missing --output out", 2, "--images must exist. Received: --images={0}/missing"),
+        (
+            "prepare --images empty --output out",
+            2,
+            "--images must hold at least one file. Received: --images={0}/empty",
+        ),
+        (
+            "prepare --images only-cats --output out",
+            2,
+            "Every class must have images. Received: none labelled dog among 1 files",
+        ),
+        (
+            "prepare --images cow --labels cow/labels.csv --output out",
+            2,
+            "Every label must be cat or dog. Received: 1 that are neither, the first: 'cow' of {0}/cow/cow.png",
+        ),
+        ("prepare --images only-cats --output mine", 2, OURS + "thesis.txt"),
+        ("train --data missing --output out", 1, NO_DATASET + "{0}/missing"),
+        ("train --data missing --output out --arch vgg", 2, "--arch must be one of cnn, resnet. Received: --arch=vgg"),
+        ("evaluate --data missing --model broken --output out", 1, NO_DATASET + "missing"),
+        ("evaluate --data missing --model broken --output mine", 2, OURS + "thesis.txt"),
+        (
+            "predict --images only-cats --model missing --output out",
+            1,
+            "a model bundle is a directory with a bundle.json. Received: missing",
+        ),
+        (
+            "predict --images only-cats --model broken --output out",
+            1,
+            "broken/bundle.json: format must be 'catdog-bundle/1'. Received: None",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    capsys: pytest.CaptureFixture[str], inputs: Path, line: str, exit_code: int, message: str
+) -> None:
+    before = sorted(inputs.rglob("*"))
+    assert fails(capsys, *line.split()) == (exit_code, message.format(inputs))
+    assert sorted(inputs.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_describes_every_flag(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    helps([command, "--help"])
+    out, err = capsys.readouterr()
+    assert err == ""
+    config_type = cli.COMMANDS[command].config_type
+    for field in dataclasses.fields(config_type):
+        assert f"{flag(field.name)}" in out
+    for common in ("--dry-run", "--json", "--verbose"):
+        assert common in out
+    assert str(config_type.__doc__) in " ".join(out.split())
+    assert cli.COMMANDS[command].example in out
+    assert "default: None" not in out
+
+
+def test_help_lists_the_commands_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    helps(["--help"])
+    out = capsys.readouterr().out
+    for command in cli.COMMANDS:
+        assert f"• {command} " in out
+    assert "Exit codes: 0 done; 1 the job failed; 2 bad usage; 3 done, but too many images failed." in out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_flags_reach_the_configuration() -> None:
+    line = "predict --images a --output=b --model c --executor inline --num-workers 3 --retry-errors --json"
+    name, invocation = cli.parse(line.split())
+    assert name == "predict"
+    assert invocation.config == PredictConfig(
+        images="a", output="b", model="c", executor="inline", num_workers=3, retry_errors=True
+    )
+    assert invocation.common == cli.CommonFlags(json=True)
+
+
+def test_dry_run_prints_the_resolved_configuration(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    assert cli.main(["train", "--data", "d", "--output", str(output), "--no-augment", "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    record = json.loads(out)
+    assert record["command"] == "train"
+    assert record["config"]["augment"] is False
+    assert record["config"]["arch"] == "resnet"
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--help",
+        "train --help",
+        "train --epochs x",
+        "train --data d --output o --dry-run",
+        "predict --images i --model m --output o --dry-run",
+    ],
+)
+def test_answers_at_once_without_ray_or_tensorflow(line: str) -> None:
+    """Measured in CPU time, which a busy machine does not stretch: on an idle one that is the time it takes."""
+    code = """if True:
+        import contextlib, sys
+        from catdog import cli
+        with contextlib.suppress(SystemExit):
+            cli.main(sys.argv[1:])
+        print(sorted({"ray", "tensorflow", "keras", "matplotlib", "pandas", "s3fs", "scipy"} & sys.modules.keys()))
+    """
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run = subprocess.run([sys.executable, "-c", code, *line.split()], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert run.stdout.splitlines()[-1] == "[]"
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_job_scripts_are_the_same_code(job: str) -> None:
+    runs = [
+        subprocess.run([sys.executable, *start, "--bogus"], capture_output=True, text=True, cwd=PROJECT)
+        for start in (["-m", f"jobs.{job}"], ["-c", "import sys; from catdog.cli import main; sys.exit(main())", job])
+    ]
+    assert runs[0].returncode == runs[1].returncode == 2
+    assert runs[0].stderr == runs[1].stderr
+    assert f"catdog {job} takes only the flags" in runs[0].stderr
+
+
+def test_failed_job_is_one_line_and_exit_1(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(args: list[str]) -> NoReturn:
+        raise StorageError("s3://bucket must be reachable.\nReceived: connection refused")
+
+    monkeypatch.setattr(cli, "_main", fail)
+    assert fails(capsys, "train") == (1, "s3://bucket must be reachable. Received: connection refused")
+
+
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(args: list[str]) -> NoReturn:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "_main", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train"])
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_unwind_and_exit_quietly(number: signal.Signals, exit_code: int) -> None:
+    code = """if True:
+        import sys, time
+        from catdog import cli
+        def job(args):
+            try:
+                print("running", flush=True)
+                time.sleep(60)
+            finally:
+                print("unwound", flush=True)
+        cli._main = job
+        sys.exit(cli.main(["train"]))
+    """
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"running\n"
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (exit_code, b"unwound\n", b"")
+
+
+def test_stdout_is_the_results_alone() -> None:
+    code = """if True:
+        import os, subprocess, sys
+        from catdog import streams
+        with streams.stdout_kept_clean():
+            print("a print")
+            os.write(1, b"a library in C\\n")
+            subprocess.run(["echo", "a child process"], check=True)
+        print("the result")
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "the result\n"
+    assert sorted(run.stderr.splitlines()) == ["a child process", "a library in C", "a print"]
+
+
+def test_tensorflow_loads_without_banners() -> None:
+    code = """if True:
+        import sys
+        from catdog import streams
+        streams.quieten_tensorflow()
+        import tensorflow as tf
+        print(int(tf.constant(2) * 3))
+        print("heard", file=sys.stderr)
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == ("6\n", "heard\n")

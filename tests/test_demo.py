@@ -1,0 +1,80 @@
+"""The drawings are worth learning from, and the demo goes the whole way on them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from catdog import cli, demo, drawings, summaries
+from catdog.schema import CLASS_NAMES
+
+
+def test_a_drawing_is_determined_by_label_and_seed() -> None:
+    pictures = {
+        (label, seed): drawings.draw(label, seed).tobytes()
+        for label in CLASS_NAMES
+        for seed in [(0, 0), (0, 1), (1, 0)]
+    }
+    assert len(set(pictures.values())) == len(pictures)
+    assert drawings.draw("dog", (0, 1)).tobytes() == pictures["dog", (0, 1)]
+
+
+def test_colours_do_not_give_the_animal_away() -> None:
+    """A model that sees colour histograms alone does hardly better than guessing."""
+    features, labels = [], []
+    for index in range(240):
+        picture = drawings.draw(CLASS_NAMES[index % 2], (5, index))
+        assert picture.mode == "RGB"
+        assert 150 <= min(picture.size) <= max(picture.size) < 260
+        pixels_HWC = np.asarray(picture)
+        histograms = [np.histogram(pixels_HWC[..., channel], 8, (0, 256))[0] for channel in range(3)]
+        features.append(np.concatenate(histograms) / pixels_HWC.size)
+        labels.append(index % 2)
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    assert cross_val_score(model, features, labels, cv=5).mean() < 0.65
+
+
+def test_demo_learns_the_drawings_and_leaves_other_files_alone(tmp_path: Path) -> None:
+    output = tmp_path / "demo"
+    (output / "model").mkdir(parents=True)
+    for name in ("demo.json", "model/of-an-earlier-demo", "notes.txt"):
+        (output / name).write_text("{}")
+    line = [sys.executable, "-c", "import sys; from catdog.cli import main; sys.exit(main())", "demo"]
+    run = subprocess.run([*line, "--output", str(output), "--json"], capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr
+    record = json.loads(run.stdout)
+    assert record == json.loads((output / "demo.json").read_text())
+    assert record["accuracy"]["value"] > 0.9
+    assert record["evaluate"]["num_images"] > 90
+    assert record["train"]["config"]["num_workers"] == 2
+    num_files = demo.NUM_DRAWINGS + 2
+    assert record["prepare"]["listed"] == num_files
+    assert sum(record["prepare"]["reasons"].values()) == 2
+    books = record["predict"]["books"]
+    assert books == {"listed": num_files, "ok": num_files - 2, "error": 2, "already_done": 0, "duplicate": 0}
+    assert record["predict"]["errors"] == {"truncated": 1, "unsupported_format": 1}
+    assert (output / "notes.txt").exists()
+    assert not (output / "model" / "of-an-earlier-demo").exists()
+    summary = "\n".join(summaries.demo(record))
+    for path in ("drawings", "data/samples.png", "model/curves.png", "evaluation/predictions.png"):
+        assert (output / path).exists()
+        assert str(output / path) in summary
+
+
+def test_demo_refuses_what_is_no_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert cli.main(["demo", "--output", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines()[-1] == (
+        "error: --output must be empty, or hold what this command wrote earlier. "
+        f"Received: --output={tmp_path}, which holds thesis.txt"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

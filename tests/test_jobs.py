@@ -1,0 +1,136 @@
+"""The entry scripts, submitted to a real Ray cluster as `ray job submit` does it."""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from ray._private.runtime_env import packaging
+
+from catdog import drawings, storage
+from catdog.schema import CLASS_NAMES
+
+PROJECT = Path(__file__).resolve().parents[1]
+NUM_PICTURES = 64
+
+Submit = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        return [free.getsockname()[1] for free in sockets]
+
+
+@pytest.fixture(scope="module")
+def submit() -> Iterator[Submit]:
+    """Starts a cluster of one node; a function that submits a job to it and waits for the end."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    gcs, dashboard, agent, agent_grpc, client = free_ports(5)
+    temporary = tempfile.mkdtemp(prefix="ray")  # pytest's own are too long for the names of Ray's sockets
+    address = f"http://127.0.0.1:{dashboard}"
+    command = [
+        *("ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--num-cpus=4"),
+        *(f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
+        *(f"--dashboard-agent-grpc-port={agent_grpc}", f"--ray-client-server-port={client}"),
+        *(f"--temp-dir={temporary}", "--object-store-memory=200000000"),
+    ]
+    log = Path(temporary, "start.log")
+    with log.open("w") as output:
+        cluster = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+    def run(*entrypoint: str) -> subprocess.CompletedProcess[str]:
+        line = ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--", *entrypoint]
+        return subprocess.run(line, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=500)
+
+    try:
+        wait_for_dashboard(address, environment["RAY_AUTH_TOKEN"], cluster, log)
+        yield run
+    finally:
+        cluster.send_signal(signal.SIGTERM)  # `ray start --block` ends its own processes, and no others
+        cluster.wait(60)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def wait_for_dashboard(address: str, token: str, cluster: subprocess.Popen[bytes], log: Path) -> None:
+    request = urllib.request.Request(f"{address}/api/version", headers={"Authorization": f"Bearer {token}"})
+    deadline = time.monotonic() + 120
+    while True:
+        with contextlib.suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(request, timeout=10):
+            return
+        assert cluster.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.5)
+
+
+def last_record(run: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The run record that `--json` printed, amid the job's log."""
+    assert run.returncode == 0, run.stdout + run.stderr
+    lines = run.stdout.splitlines()
+    first = lines.index("{")
+    record: dict[str, Any] = json.loads("\n".join(lines[first : lines.index("}") + 1]))
+    return record
+
+
+def test_the_upload_is_the_code_alone(tmp_path: Path) -> None:
+    archive = tmp_path / "upload.zip"
+    packaging._zip_files(str(PROJECT), [], str(archive), include_parent_dir=False, include_gitignore=True)
+    names = zipfile.ZipFile(archive).namelist()
+    assert {"jobs/predict.py", "catdog/cli.py", "catdog/storage/__init__.py"} <= set(names)
+    assert {name.split("/")[0] for name in names} == {"catdog", "jobs"}
+    assert archive.stat().st_size < 2_000_000
+
+
+def test_prepare_train_and_predict_as_submitted_jobs(submit: Submit, tmp_path: Path) -> None:
+    for index in range(NUM_PICTURES):
+        label = CLASS_NAMES[index % 2]
+        (tmp_path / "pictures" / label).mkdir(parents=True, exist_ok=True)
+        drawings.draw(label, (3, index)).save(tmp_path / "pictures" / label / f"{index}.png")
+    pictures, data, model, predictions = (str(tmp_path / name) for name in ("pictures", "data", "model", "predictions"))
+
+    split = ["--val-fraction", "0.2", "--test-fraction", "0"]
+    prepared = last_record(
+        submit("python", "-m", "jobs.prepare", "--images", pictures, "--output", data, *split, "--json")
+    )
+    assert prepared["kept"] == NUM_PICTURES
+
+    size = ["--arch", "cnn", "--image-size", "64", "--epochs", "1", "--batch-size", "16", "--num-workers", "2"]
+    trained = last_record(submit("python", "-m", "jobs.train", "--data", data, "--output", model, *size, "--json"))
+    assert trained["epochs_trained"] == 1
+
+    line = ["python", "-m", "jobs.predict", "--images", pictures, "--model", model, "--output", predictions, "--json"]
+    labelled = last_record(submit(*line))
+    assert labelled["executor"] == "ray"  # auto: there is a cluster
+    assert labelled["model_id"] == trained["model_id"]
+    assert labelled["books"]["ok"] == NUM_PICTURES
+    rows = [pq.read_table(Path(predictions, name)).num_rows for name in storage.list_names(predictions, ".parquet")]
+    assert sum(rows) == NUM_PICTURES
+
+
+def test_a_failed_job_fails_the_submission(submit: Submit) -> None:
+    run = submit("python", "-m", "jobs.predict", "--images", "i", "--model", "m", "--output", "o", "--batch-size", "0")
+    assert run.returncode != 0
+    assert "error: --batch-size must be at least 1. Received: --batch-size=0" in run.stdout
