@@ -70,16 +70,8 @@ def test_split_has_the_shares_that_were_asked_for() -> None:
     assert shares == pytest.approx([0.6, 0.1, 0.3], abs=0.01)
 
 
-HASHES = [
-    [0, 0, 0, 0],
-    [2**12 - 1, 0, 0, 0],
-    [2**24 - 1, 0, 0, 0],
-    [-1, -1, 0, 0],
-    [-1, -1, 7, 0],
-    [0, 0, -1, -1],
-    None,
-]
-"""By index: 0-1, 1-2, 0-2 (by 24 bits) and 3-4 are near; 5 is near none; the last is a plain picture."""
+HASHES = [[0] * 9, [63] + [0] * 8, [63, 63] + [0] * 7, [-1] * 9, [-1] * 8 + [-8], [0] * 4 + [-1] * 5, None]
+"""By index: 0-1, 1-2, 0-2 (by 12 bits) and 3-4 are near; 5 is near none; the last is a plain picture."""
 
 NEAR = {0: 0, 1: 0, 2: 0, 3: 1, 4: 1, 5: 2}
 
@@ -91,8 +83,8 @@ def test_duplicates_never_straddle_and_every_file_has_one_fate(files: list[tuple
     config = PrepareConfig(images="x", output="y", val_fraction=0.3, test_fraction=0.3)
     rows = []
     for row, (number, _, is_bad) in enumerate(files):
-        words = HASHES[number // 2 % len(HASHES)] or [None] * scan.NUM_HASH_WORDS
-        image = {"image_id": f"{number:064x}", "image_bytes": 1, **dict(zip(scan.HASH_COLUMNS, words, strict=True))}
+        bands = HASHES[number // 2 % len(HASHES)] or [None] * len(scan.BAND_COLUMNS)
+        image = {"image_id": f"{number:064x}", "image_bytes": 1, **dict(zip(scan.BAND_COLUMNS, bands, strict=True))}
         rejected = {"reason": "truncated", "message": "x"}
         rows.append({"row": row, "part": "p", **(rejected if is_bad else image)})
     listing = [
@@ -137,7 +129,7 @@ def test_copies_of_a_photograph_are_near_and_others_are_not(shared_data: Path) -
 
     def hashes(pictures: list[Image.Image]) -> np.ndarray:
         squares = [Image.fromarray(images.decode(encoded(p, quality=40), 128).pixels_HWC) for p in pictures]
-        return np.array([scan.perceptual_hash(square) for square in squares], "<i8").view(np.uint8)
+        return np.array([scan.perceptual_hash(square) for square in squares], "<i2").view(np.uint8)
 
     small = [picture.resize((picture.width // 2, picture.height // 3)) for picture in originals]
     distances = np.bitwise_count(hashes(originals)[:, None] ^ hashes(small)[None]).sum(axis=2)
@@ -147,7 +139,7 @@ def test_copies_of_a_photograph_are_near_and_others_are_not(shared_data: Path) -
 
 
 def test_plain_pictures_have_no_hash() -> None:
-    assert scan.perceptual_hash(Image.new("RGB", (128, 128), "black")) == [None] * scan.NUM_HASH_WORDS
+    assert scan.perceptual_hash(Image.new("RGB", (128, 128), "black")) == [None] * len(scan.BAND_COLUMNS)
 
 
 @given(st.lists(st.integers(0, 9)), st.integers(1, 5), st.integers(1, 20))

@@ -229,7 +229,7 @@ def test_odd_files_become_rejects(ray: None, shared_data: Path, tmp_path: Path) 
     record = prepare(PrepareConfig(images=str(tmp_path / "mixed.zip"), output=str(tmp_path / "out")))
     assert record["listed"] == len(files) == record["kept"] + record["rejected"]
     assert record["kept"] > 200
-    assert {"truncated", "unsupported_format", "too_large", "empty_file"} <= record["reasons"].keys()
+    assert {"truncated", "unsupported_format", "too_large", "decode_failed"} <= record["reasons"].keys()
     check_shards(str(tmp_path / "out"))
 
 
@@ -239,14 +239,14 @@ def test_other_cameras(ray: None, shared_data: Path, tmp_path: Path) -> None:
 
 
 def test_failing_storage_ends_the_job_as_such(ray: None) -> None:
-    def fail(batch: pa.Table) -> Iterator[pa.Table]:
-        if batch["id"][0].as_py() == 2:
-            raise StorageError("the bucket is gone")
-        yield batch
+    def fail(number: int, bucket: str) -> pa.Table:
+        if number == 2:
+            raise StorageError(f"{bucket} is gone")
+        return pa.table({"number": [number]})
 
     start = time.monotonic()
-    with pytest.raises(StorageError, match=r"^the bucket is gone$"):
-        list(ray_tasks.run(fail, 4))
+    with pytest.raises(StorageError, match=r"^s3://x is gone$"):
+        list(ray_tasks.run(fail, 4, bucket="s3://x"))
     assert time.monotonic() - start < 30
 
 

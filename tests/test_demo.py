@@ -41,7 +41,9 @@ def test_colours_do_not_give_the_animal_away() -> None:
     assert cross_val_score(model, features, labels, cv=5).mean() < 0.65
 
 
-def test_demo_learns_the_drawings_and_leaves_other_files_alone(tmp_path: Path) -> None:
+def test_demo_learns_the_drawings_and_leaves_other_files_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "demo"
     (output / "model").mkdir(parents=True)
     for name in ("demo.json", "model/of-an-earlier-demo", "notes.txt"):
@@ -66,6 +68,26 @@ def test_demo_learns_the_drawings_and_leaves_other_files_alone(tmp_path: Path) -
     for path in ("drawings", "data/samples.png", "model/curves.png", "evaluation/predictions.png"):
         assert (output / path).exists()
         assert str(output / path) in summary
+
+    # What the demo leaves behind is what any other command leaves, and is met with as such.
+    monkeypatch.chdir(output)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    again = ["predict", "--images", "drawings", "--model", "model", "--output", "predictions"]
+    assert cli.main([*again, "--dry-run"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert (plan["listed"], plan["to_label"], plan["already_done"]) == (num_files, 0, num_files)
+    assert cli.main(again) == 0
+    assert capsys.readouterr().out.startswith("Nothing to label: everything listed is labelled already.\n")
+    retried = ["--retry-errors", "--max-failed-fraction", "0.5"]
+    assert cli.main([*again, *retried]) == 3
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: --max-failed-fraction allows 0.5 of the images to fail. Received: 1 of them failed"
+    )
+    with (output / "model" / "model.keras").open("r+b") as weights:
+        weights.seek(1000)
+        weights.write(b"damage")
+    assert cli.main([*again, "--retry-errors"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "TODO"
 
 
 def test_demo_refuses_what_is_no_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,7 +75,8 @@ def test_a_training_writes_a_bundle_its_history_and_its_curves(trained: Path, da
     assert [row["epoch"] for row in history] == [1, 2]
     assert history[-1]["learning_rate"] < history[0]["learning_rate"]
     assert loaded.card["metrics"]["val_loss"] == pytest.approx(min(row["val_loss"] for row in history), rel=1e-5)
-    assert Image.open(trained / "curves.png").width > 600
+    with Image.open(trained / "curves.png") as curves:
+        assert curves.width > 600
     assert tensorboard_steps(trained)["val_accuracy"] == [1, 2]
     assert not list((trained / checkpoint.DIRECTORY).iterdir())
 
