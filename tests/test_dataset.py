@@ -138,8 +138,27 @@ def test_copies_of_a_photograph_are_near_and_others_are_not(shared_data: Path) -
     assert distances[~is_same].min() > 2 * grouping.MAX_DISTANCE
 
 
-def test_plain_pictures_have_no_hash() -> None:
-    assert scan.perceptual_hash(Image.new("RGB", (128, 128), "black")) == [None] * len(scan.BAND_COLUMNS)
+def test_a_staged_slice_is_not_read_again(photos: Path, tmp_path: Path) -> None:
+    rows = [
+        {"row": row, "uri": f"{photos}/{name}", "version": "", "num_bytes": 1, "label": 0}
+        for row, name in enumerate(["cat/a.jpg", "cat/gone.jpg", "cat/b.jpg"])
+    ]
+    listing = pa.Table.from_pylist(rows, schema=catalog.LISTING_SCHEMA)
+    storage.publish_parquet(f"{tmp_path}/{scan.LISTING_DIR}/{scan.part_name(7)}", listing)
+    first = scan.scan_slice(7, str(tmp_path))
+    assert first["reason"].to_pylist() == [None, "not_found", None]
+    (photos / "cat/b.jpg").unlink()
+    assert scan.scan_slice(7, str(tmp_path)).equals(first)
+    # Another listing is another part.
+    storage.publish_parquet(f"{tmp_path}/{scan.LISTING_DIR}/{scan.part_name(7)}", listing.slice(1))
+    assert scan.scan_slice(7, str(tmp_path))["reason"].to_pylist() == ["not_found", "not_found"]
+
+
+def test_plain_and_striped_pictures_have_no_hash() -> None:
+    black = Image.new("RGB", (128, 128), "black")
+    stripes = Image.linear_gradient("L").resize((128, 128)).convert("RGB")
+    assert scan.perceptual_hash(black) == scan.perceptual_hash(stripes) == [None] * len(scan.BAND_COLUMNS)
+    assert None not in scan.perceptual_hash(picture(1, 128))
 
 
 @given(st.lists(st.integers(0, 9)), st.integers(1, 5), st.integers(1, 20))
@@ -205,9 +224,15 @@ def test_foreign_output_is_refused(tmp_path: Path, photos: Path) -> None:
     (output / "chapter1.tex").write_text("x")
     with pytest.raises(OutputRefusedError, match=r"chapter1\.tex"):
         prepare(PrepareConfig(images=str(photos), output=str(output)))
+    (output / "_staging").mkdir()  # like ours, but without our mark
+    with pytest.raises(OutputRefusedError, match=r"chapter1\.tex"):
+        prepare(PrepareConfig(images=str(photos), output=str(output)))
+    (output / "dataset.json").write_text('{"title": "thesis"}')
+    with pytest.raises(OutputRefusedError, match="must be one that prepare wrote"):
+        prepare(PrepareConfig(images=str(photos), output=str(output)))
     with pytest.raises(UsageError, match="--output must not lie in --images"):
         prepare(PrepareConfig(images=str(photos), output=str(photos / "out")))
-    assert [path.name for path in output.iterdir()] == ["chapter1.tex"]
+    assert sorted(path.name for path in output.iterdir()) == ["_staging", "chapter1.tex", "dataset.json"]
 
 
 @pytest.fixture

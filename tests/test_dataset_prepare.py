@@ -18,22 +18,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from s3_server import S3Server, s3_process  # noqa: F401
+from s3_server import S3Server
 from test_dataset import encoded, picture
 
 from catdog import images, storage
 from catdog.config import PrepareConfig
-from catdog.dataset import check_shards, iter_split, load_info, prepare, ray_tasks
+from catdog.dataset import catalog, check_shards, iter_split, load_info, prepare, ray_tasks
 from catdog.errors import DatasetError, OutputRefusedError, StorageError
 from catdog.ray_session import connect
 from catdog.schema import CLASS_NAMES, DATASET_SCHEMA, REJECTS_SCHEMA, SPLITS
+
+pytest_plugins = ["s3_server"]
 
 # Ray Data's own, when its context is first made.
 pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.data\.context")
 
 
 @pytest.fixture(scope="module")
-def ray(s3_process: S3Server) -> Iterator[None]:  # noqa: F811
+def ray(s3_process: S3Server) -> Iterator[None]:
     """One embedded Ray for the module; its workers find the S3 server."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in s3_process.env.items():
@@ -192,7 +194,7 @@ def test_labels_from_tables_and_manifest(ray: None, tmp_path: Path) -> None:
     assert len(digests) == 1  # the same images, labels and split, wherever they came from
 
 
-def test_object_storage(ray: None, photos: Path, tmp_path: Path, s3_process: S3Server) -> None:  # noqa: F811
+def test_object_storage(ray: None, photos: Path, tmp_path: Path, s3_process: S3Server) -> None:
     bucket = s3_process.new_bucket()
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
         for path in sorted(photos.rglob("*")):
@@ -250,7 +252,8 @@ def test_failing_storage_ends_the_job_as_such(ray: None) -> None:
     assert time.monotonic() - start < 30
 
 
-def test_killed_and_run_again(ray: None, photos: Path, tmp_path: Path) -> None:
+def test_killed_and_run_again(ray: None, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "SLICE_ROWS", 4)
     clean = prepare(PrepareConfig(images=str(photos), output=str(tmp_path / "clean")))
     output = tmp_path / "killed"
     command = (

@@ -33,8 +33,9 @@ LISTING_SCHEMA: Final = pa.schema(
     ]
 )
 
-MEMORY_LIMIT: Final = "1GB"
-"""What DuckDB may hold before it spills. Two of its sorts at a million images fit in it."""
+MEMORY_LIMIT: Final = "512MB"
+NUM_THREADS: Final = 4
+"""What DuckDB may hold before it spills. It wants 125 MB per thread."""
 
 BATCH_ROWS: Final = 16_384
 
@@ -50,6 +51,7 @@ def open_catalog() -> Iterator[duckdb.DuckDBPyConnection]:
     with tempfile.TemporaryDirectory(prefix="catdog-prepare-") as directory:
         connection = duckdb.connect(str(Path(directory, "catalog.duckdb")))
         connection.execute(f"SET memory_limit = '{MEMORY_LIMIT}'")
+        connection.execute(f"SET threads = {NUM_THREADS}")
         connection.execute("SET preserve_insertion_order = false")
         connection.execute(f"SET temp_directory = '{directory}'")
         try:

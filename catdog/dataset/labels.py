@@ -17,25 +17,7 @@ RULES: Final = ("auto", "folder", "prefix")
 
 TABLE_SCHEMA: Final = pa.schema([("uri", pa.string()), ("label", pa.string())])
 
-_OTHER_SUFFIXES: Final = frozenset(
-    (
-        ".csv",
-        ".db",
-        ".docx",
-        ".html",
-        ".ini",
-        ".json",
-        ".log",
-        ".md",
-        ".parquet",
-        ".pdf",
-        ".tsv",
-        ".txt",
-        ".xml",
-        ".yml",
-    )
-)
-
+_OTHER_SUFFIX: Final = re.compile(r"\.(csv|db|docx|html|ini|json|log|md|parquet|pdf|tsv|txt|xml|yml)", re.IGNORECASE)
 _PREFIX: Final = re.compile(r"[A-Za-z]+")
 
 
@@ -71,7 +53,7 @@ def by_rule(rule: str, uri: str) -> int | None:
 
 def is_other_file(uri: str) -> bool:
     """Whether the file's name says that it is no image: a read-me or a licence beside the photographs."""
-    return _path(uri).suffix.lower() in _OTHER_SUFFIXES
+    return _OTHER_SUFFIX.fullmatch(_path(uri).suffix) is not None
 
 
 def table_url(labels: str, images: str) -> str | None:
@@ -95,7 +77,8 @@ def table_url(labels: str, images: str) -> str | None:
 def read_table(url: str, images: str) -> Iterator[pa.Table]:
     """The rows of a table of labels, in batches of `TABLE_SCHEMA`, `uri` as it is listed.
 
-    A relative `uri` stands under `images`; where that is a manifest, under the manifest's directory, as in the listing.
+    A relative `uri` stands under `images`, be that a directory or an archive; where it is a manifest or a glob, under
+    the directory of that.
     """
     if not storage.exists(url):
         raise UsageError(f"A table of labels must exist. Received: --labels={url}")
@@ -137,9 +120,11 @@ def _parquet_batches(file: Any) -> Iterator[pa.RecordBatch]:
 
 
 def _listed_uri(uri: str, images: str) -> str:
+    root = storage.absolute(images)
     if "://" in uri or uri.startswith("/"):
         return storage.absolute(uri)
-    if images.lower().endswith(".zip"):
-        return f"zip://{uri}::{storage.absolute(images)}"
-    root = storage.absolute(images)
-    return storage.join(root.rpartition("/")[0] if root.lower().endswith(".parquet") else root, uri)
+    if root.lower().endswith(".zip"):
+        return f"zip://{uri}::{root}"
+    fixed = re.split(r"[*?\[]", root)[0]
+    is_directory = fixed == root and not root.lower().endswith(".parquet")
+    return storage.join(root if is_directory else fixed.rpartition("/")[0], uri)

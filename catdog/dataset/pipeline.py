@@ -24,6 +24,7 @@ import numpy as np
 from catdog import __version__, storage
 from catdog.config import PrepareConfig, flag, to_dict
 from catdog.dataset import catalog, grouping, outcome, ray_tasks, scan, shards
+from catdog.dataset.labels import RULES
 from catdog.dataset.reading import FORMAT, FORMAT_VERSION, INFO_NAME, DatasetInfo, load_info, parse_info
 from catdog.dataset.samples import sample_grid
 from catdog.errors import DatasetError, OutputRefusedError, UsageError
@@ -83,7 +84,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
             return _record(done, watch, already_done=True)
         with watch.stage("stage"):
             num_slices = _start(connection, output, config)
-        with watch.stage("start Ray"):
+        with watch.stage("start_ray"):
             stack.enter_context(connect(config.ray_address))
         with watch.stage("scan"):
             _scan(connection, num_slices, staging, config)
@@ -96,7 +97,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
                 raise
             num_chunks = shards.write_plans(connection, staging)
         with watch.stage("write"):
-            tables = ray_tasks.run(shards.write_chunk_batch, num_chunks, staging_url=staging, output_url=output)
+            tables = ray_tasks.run(shards.write_chunk, num_chunks, staging_url=staging, output_url=output)
             written = sorted((row for table in tables for row in table.to_pylist()), key=itemgetter("shard"))
         with watch.stage("finish"):
             rejects = outcome.rejects(connection)
@@ -125,10 +126,14 @@ def _finished(output: str, config: PrepareConfig) -> DatasetInfo | None:
     """The dataset that the output holds, of this configuration; None where there is none yet, or half of one."""
     if output.startswith(storage.absolute(config.images) + "/"):
         raise UsageError(f"--output must not lie in --images. Received: --output={output}")
-    storage.refuse_foreign_output(output, (INFO_NAME, STAGING_DIR))
+    is_begun = storage.exists(storage.join(output, STAGING_DIR, MARKER_NAME))
+    storage.refuse_foreign_output(output, (INFO_NAME, STAGING_DIR) if is_begun else (INFO_NAME,))
     if not storage.exists(storage.join(output, INFO_NAME)):
         return None
-    info = load_info(output)
+    try:
+        info = load_info(output)
+    except DatasetError as error:
+        raise OutputRefusedError(f"--output must be empty, or a dataset of this command. {error}") from error
     before, now = _identity(info.raw["config"]), _identity(to_dict(config))
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
@@ -142,8 +147,12 @@ def _finished(output: str, config: PrepareConfig) -> DatasetInfo | None:
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
     """What of a configuration decides what the dataset is: not where it lies, nor where it was computed."""
-    decisive = {name: value for name, value in config.items() if name not in ("output", "ray_address")}
-    return {**decisive, "images": storage.absolute(str(config["images"]))}
+    labels = config["labels"]
+    return {
+        **{name: value for name, value in config.items() if name not in ("output", "ray_address")},
+        "images": storage.absolute(config["images"]),
+        "labels": labels if labels in RULES else storage.absolute(labels),
+    }
 
 
 def _check_listing(info: DatasetInfo, listing_digest: str) -> None:
@@ -159,8 +168,9 @@ def _start(connection: duckdb.DuckDBPyConnection, output: str, config: PrepareCo
     staging = storage.join(output, STAGING_DIR)
     storage.publish_json(storage.join(staging, MARKER_NAME), {"format": FORMAT, "config": to_dict(config)})
     for split in SPLITS:
-        if storage.exists(storage.join(output, split)):
-            storage.delete(storage.join(output, split))
+        for name in storage.list_names(storage.join(output, split), ".parquet"):
+            if name.startswith("part-"):
+                storage.delete(storage.join(output, split, name))
     num_slices = 0
     for num_slices, rows in enumerate(catalog.slices(connection), start=1):
         storage.publish_parquet(storage.join(staging, scan.LISTING_DIR, scan.part_name(num_slices - 1)), rows)
@@ -172,7 +182,7 @@ def _scan(connection: duckdb.DuckDBPyConnection, num_slices: int, staging: str, 
     grouping.create(connection)
     (num_files,) = catalog.one_row(connection, "SELECT count(*) FROM listing WHERE label IS NOT NULL")
     num_scanned, logged_at = 0, time.monotonic()
-    for rows in ray_tasks.run(scan.scan_batch, num_slices, staging_url=staging):
+    for rows in ray_tasks.run(scan.scan_slice, num_slices, staging_url=staging):
         grouping.add(connection, rows, config)
         num_scanned += rows.num_rows
         if time.monotonic() - logged_at >= _LOG_EVERY_S:

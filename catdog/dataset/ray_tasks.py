@@ -1,39 +1,56 @@
 """Numbered tasks as a Ray Data job."""
 
-import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import pyarrow as pa
 
-from catdog.errors import CatdogError
+from catdog import errors
 
-MAX_BLOCKS: Final = 10_000
+_MAX_BLOCKS: Final = 10_000
 """Ray tasks per job; with more numbers than that, a task takes several of them, one after the other."""
 
+_RESULT_SCHEMA: Final = pa.schema([("error", pa.string()), ("message", pa.string()), ("table", pa.binary())])
+"""What a task hands back: a table as an Arrow stream, or our own error. Raised, Ray would log the error with a page of
+traceback, and put its own words to it."""
 
-def run(function: Callable[..., Iterator[pa.Table]], num_tasks: int, **arguments: Any) -> Iterator[pa.Table]:
-    """Call `function` on the cluster for the numbers from 0 to `num_tasks`, in the column `id` of a batch; its tables.
+
+def run(function: Callable[..., pa.Table], num_tasks: int, **arguments: Any) -> Iterator[pa.Table]:
+    """Call `function(number, **arguments)` on the cluster for the numbers up to `num_tasks`; its tables, as they come.
 
     Raises:
         CatdogError: the one that the function raised.
     """
     import ray.data
-    from ray.exceptions import RayError
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that progress bars are off
-    numbers = ray.data.range(num_tasks, override_num_blocks=min(num_tasks, MAX_BLOCKS))
-    tables = numbers.map_batches(functools.partial(function, **arguments), batch_size=1, batch_format="pyarrow")
-    try:
-        yield from tables.iter_batches(batch_size=None, batch_format="pyarrow")
-    except RayError as error:
-        # Ray's error is an instance of the worker's class too, but holds its traceback as the message.
-        cause: object = error
-        while isinstance(cause, RayError):
-            cause = getattr(cause, "cause", None)
-        if isinstance(cause, CatdogError):
-            raise cause from None
-        raise
+    results = ray.data.range(num_tasks, override_num_blocks=min(num_tasks, _MAX_BLOCKS)).map_batches(
+        _call, batch_size=1, batch_format="pyarrow", fn_kwargs={"function": function, "arguments": arguments}
+    )
+    for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for result in batch.to_pylist():
+            if result["error"] is not None:
+                raise getattr(errors, result["error"])(result["message"])
+            with pa.ipc.open_stream(result["table"]) as stream:
+                yield stream.read_all()
+
+
+def _call(batch: pa.Table, function: Callable[..., pa.Table], arguments: dict[str, Any]) -> Iterator[pa.Table]:
+    for number in batch["id"].to_pylist():
+        result: dict[str, str | bytes]
+        try:
+            result = {"table": _to_bytes(function(number, **arguments))}
+        except errors.CatdogError as error:
+            result = {"error": type(error).__name__, "message": str(error)}
+        yield pa.Table.from_pylist([result], schema=_RESULT_SCHEMA)
+
+
+def _to_bytes(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data

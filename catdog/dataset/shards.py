@@ -7,7 +7,6 @@ images stand in the order of `image_id`, which is that of a hash: the classes ar
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -118,9 +117,3 @@ def _write_shard(shard: str, path: str, output_url: str) -> dict[str, Any]:
     storage.publish_parquet(storage.join(output_url, shard), images.select(DATASET_SCHEMA.names).cast(DATASET_SCHEMA))
     moments = {name: np.mean(images[name].to_pylist(), axis=0).tolist() for name in scan.MOMENT_COLUMNS}
     return {"shard": shard, "num_rows": images.num_rows, **moments}
-
-
-def write_chunk_batch(batch: pa.Table, *, staging_url: str, output_url: str) -> Iterator[pa.Table]:
-    """`write_chunk` for a batch of chunk indices in the column `id`."""
-    for index in batch["id"].to_pylist():
-        yield write_chunk(index, staging_url, output_url)

@@ -3,8 +3,6 @@
 import hashlib
 from typing import Final
 
-from catdog.schema import SPLITS
-
 _POSITION_BYTES: Final = 8
 
 
@@ -22,8 +20,3 @@ def split_of(group_key: str, *, seed: int, val_fraction: float, test_fraction: f
     if position < test_fraction:
         return "test"
     return "val" if position < test_fraction + val_fraction else "train"
-
-
-def split_index(split: str) -> int:
-    """Index into `SPLITS`."""
-    return SPLITS.index(split)
