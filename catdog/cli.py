@@ -254,9 +254,11 @@ def _dry_run(name: str, config: object) -> Record:
 def _exit_code(record: Record) -> int:
     if not record.get("failed_fraction_exceeded"):
         return EXIT_OK
-    allowed, failed = record["config"]["max_failed_fraction"], record["failed_fraction"]
-    rule = f"--max-failed-fraction allows {allowed:g} of the images to fail"
-    print(f"error: {rule}. Received: {failed:.4g} of them failed", file=sys.stderr)
+    books, allowed = record["books"], record["config"]["max_failed_fraction"]
+    received = f"{books['error']} of {books['ok'] + books['error']} failed"
+    print(
+        f"error: --max-failed-fraction allows {allowed:g} of the images to fail. Received: {received}", file=sys.stderr
+    )
     return EXIT_TOO_MANY_FAILED
 
 

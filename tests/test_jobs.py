@@ -48,6 +48,7 @@ def submit() -> Iterator[Submit]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
     gcs, dashboard, agent, agent_grpc, client = free_ports(5)
     temporary = tempfile.mkdtemp(prefix="ray")  # pytest's own are too long for the names of Ray's sockets

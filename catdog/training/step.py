@@ -139,6 +139,8 @@ class Learner:
         """Give every worker the mean of all workers' BatchNormalization statistics.
 
         Each worker normalises its own share of a batch, so the moving statistics drift apart, unlike the weights.
+        Synchronising them in every step instead took 23 % of `resnet`'s images per second and 6 % of `cnn`'s, with two
+        workers of one core each.
         """
         if self._moving_statistics:
             flat = np.concatenate([np.ravel(variable.numpy()) for variable in self._moving_statistics])
