@@ -96,6 +96,14 @@ def descendants(pid: int) -> dict[int, str]:
     return {process: line for process, line in lines.items() if descends(process)}
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process runs: it is neither gone nor a zombie (Linux)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 class Relay(socketserver.ThreadingTCPServer):
     """Passes connections on to a server until it is closed: a network that can go down and come back."""
 

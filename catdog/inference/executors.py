@@ -212,6 +212,7 @@ def _run_wave(job: Job, packed: list[bytes], num_actors: int) -> Iterator[SliceR
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that there are no progress bars
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.max_consecutive_actor_init_deaths = _MAX_RESTARTS
