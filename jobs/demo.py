@@ -1,0 +1,15 @@
+"""`catdog demo` as an entry script: `python -m jobs.demo`."""
+
+import sys
+from collections.abc import Sequence
+
+from catdog import cli
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `catdog demo` with these arguments and return its exit code."""
+    return cli.main(["demo", *argv])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
