@@ -248,8 +248,10 @@ def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_unwind_and_exit_quietly(number: signal.Signals, exit_code: int) -> None:
     code = """if True:
-        import sys, time
+        import signal, sys, time
         from catdog import cli
+        # A suite that a shell started in the background has its children ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         def job(args):
             try:
                 print("running", flush=True)

@@ -64,7 +64,7 @@ def test_slices_cover_the_listing_once_in_order(tmp_path: Path) -> None:
     uris = [f"/nowhere/{number}.jpg" for number in range(6000)]
     slices = slices_of(manifest(tmp_path / "all.parquet", uris[::-1]), tmp_path / "out")
     assert uris_of(slices) == sorted(uris)
-    assert 4 <= len(slices) <= 4 * 6000 / SLICE_SIZE
+    assert 6000 / MAX_SLICE_SIZE <= len(slices) <= 4 * 6000 / SLICE_SIZE
     assert max(len(piece.files) for piece in slices) <= MAX_SLICE_SIZE
     assert len({piece.part for piece in slices}) == len(slices)
 
@@ -76,8 +76,8 @@ def test_a_new_file_leaves_the_other_slices_as_they_are(tmp_path: Path) -> None:
         piece.part
         for piece in slices_of(manifest(tmp_path / "b.parquet", [*uris, "/nowhere/1x.jpg"]), tmp_path / "out")
     }
-    assert len(before - after) == 1
-    assert 1 <= len(after - before) <= 2
+    assert 1 <= len(before - after) <= 3  # more than one where a slice is as long as it may be
+    assert len(before & after) >= len(before) - 3 >= 5
 
 
 def test_members_of_one_archive_stay_together(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_training_writes_a_bundle_its_history_and_its_curves(trained: Path, da
     with Image.open(trained / "curves.png") as curves:
         assert curves.width > 600
     assert tensorboard_steps(trained)["val_accuracy"] == [1, 2]
-    assert not list((trained / checkpoint.DIRECTORY).iterdir())
+    assert not (trained / checkpoint.DIRECTORY).exists()
 
 
 def test_validation_counts_every_image_once(trained: Path, dataset: str) -> None:

@@ -63,3 +63,4 @@ def test_without_any_training_starts_afresh(tmp_path: Path) -> None:
 def test_a_finished_training_leaves_none(output: str) -> None:
     checkpoint.delete_all(output)
     assert checkpoint.load_latest(output) is None
+    checkpoint.delete_all(output)

@@ -31,8 +31,8 @@ from catdog.storage import SourceFile
 SLICE_SIZE: Final = 512
 """Images per slice, on average: a second of work for a core or two, and a file of some 60 kB."""
 
-MAX_SLICE_SIZE: Final = 4 * SLICE_SIZE
-"""Where a slice ends at the latest, which one in fifty does."""
+MAX_SLICE_SIZE: Final = 2 * SLICE_SIZE
+"""Where a slice ends at the latest, which one in seven does: at the end of a run, workers wait for the last slice."""
 
 _MEMORY_LIMIT: Final = "1GB"
 _FETCH_ROWS: Final = 4096

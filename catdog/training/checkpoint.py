@@ -85,8 +85,7 @@ def load(output: str, epoch: int) -> Checkpoint:
 
 def delete_all(output: str) -> None:
     """Remove every checkpoint: the training is finished."""
-    for _, name in _names(output):
-        storage.delete(storage.join(output, DIRECTORY, name))
+    storage.delete(storage.join(output, DIRECTORY))
 
 
 def _names(output: str) -> list[tuple[int, str]]:
