@@ -233,11 +233,15 @@ def _run_wave(job: Job, packed: list[bytes], num_actors: int) -> Iterator[SliceR
             max_restarts=_MAX_RESTARTS,
             max_task_retries=_MAX_RESTARTS,
         )
-    for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for kind, text in zip(batch["kind"].to_pylist(), batch["text"].to_pylist(), strict=True):
-            if kind != SliceResult.__name__:
-                raise getattr(errors, kind)(text)
-            yield SliceResult(**json.loads(text))
+    try:
+        for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for kind, text in zip(batch["kind"].to_pylist(), batch["text"].to_pylist(), strict=True):
+                if kind != SliceResult.__name__:
+                    raise getattr(errors, kind)(text)
+                yield SliceResult(**json.loads(text))
+    except ray.exceptions.RayActorError as error:
+        reason = str(error).strip().splitlines()[-1][:400]
+        raise CatdogError(f"An actor may die {_MAX_RESTARTS} times. Received: once more. {reason}") from error
 
 
 class _SliceLabeller:
