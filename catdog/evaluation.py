@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from catdog import bundle, metrics, report, storage
+from catdog import __version__, bundle, metrics, report, storage
 from catdog.config import EvaluateConfig, to_dict
 from catdog.dataset import DatasetInfo, iter_split, load_info
 from catdog.engines import load_engine
@@ -30,7 +30,7 @@ PREDICTIONS_NAME: Final = "predictions.parquet"
 OUTPUT_NAMES: Final = (PREDICTIONS_NAME, CONFUSION_NAME, GRID_NAME, METRICS_NAME)
 
 FORMAT: Final = "catdog-evaluation/1"
-_LIBRARIES: Final = ("catdog", "keras", "numpy", "pillow", "scipy", "tensorflow")
+_LIBRARIES: Final = ("keras", "numpy", "pillow", "scipy", "tensorflow")
 NUM_PICTURES: Final = 12
 """Most wrong, and most right photographs in `predictions.png`."""
 
@@ -97,7 +97,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "data_digest": info.digest,
         "engine": engine.name,
         "config": to_dict(config),
-        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "versions": {"catdog": __version__, **{name: importlib.metadata.version(name) for name in _LIBRARIES}},
         "evaluated_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "duration_s": round(time.monotonic() - started, 1),
     }

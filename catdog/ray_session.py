@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ def connect(ray_address: str | None, *, min_cpus: int = 1) -> Iterator[None]:
         yield
         return
     address = cluster_address(ray_address)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     if address is None:
         num_cpus = max(os.cpu_count() or 1, min_cpus)
         logger.info("Starting an embedded Ray with %d logical CPUs", num_cpus)
@@ -42,6 +45,9 @@ def connect(ray_address: str | None, *, min_cpus: int = 1) -> Iterator[None]:
     else:
         logger.info("Joining the Ray cluster at %s", address)
         ray.init(address=address, logging_level=logging.WARNING)
+    if threading.current_thread() is threading.main_thread():
+        # Ray has put a handler of its own in its place, which ends the process without unwinding it.
+        signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
     finally:

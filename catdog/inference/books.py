@@ -7,7 +7,7 @@ from collections import Counter
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from catdog import storage
+from catdog import __version__, storage
 from catdog.config import PredictConfig, to_dict
 from catdog.errors import BooksError
 from catdog.inference.executors import SliceResult
@@ -15,7 +15,7 @@ from catdog.inference.plan import Counts, open_database
 from catdog.inference.publish import KEY_COLUMNS, list_parts, read_parts, spill_keys
 
 RUNS_NAME: Final = "_runs"
-_PACKAGES: Final = ("catdog", "duckdb", "keras", "numpy", "pillow", "pyarrow", "ray", "tensorflow")
+_PACKAGES: Final = ("duckdb", "keras", "numpy", "pillow", "pyarrow", "ray", "tensorflow")
 
 
 def new_run_id(now: datetime) -> str:
@@ -104,7 +104,7 @@ def run_record(
         "thread_s": {stage: round(seconds, 3) for stage, seconds in ledger.thread_s.items()},
         "images_per_s": round(num_labelled / durations_s["label"], 1) if num_labelled else 0.0,
         "config": to_dict(config),
-        "versions": {"python": platform.python_version()}
+        "versions": {"catdog": __version__, "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any, Final
 
-from catdog import architectures, bundle, storage
+from catdog import __version__, architectures, bundle, storage
 from catdog.config import TrainConfig, to_dict
 from catdog.dataset import reading
 from catdog.errors import CatdogError, OutputRefusedError, TrainingError, UsageError
@@ -32,7 +32,7 @@ _NOT_THE_RESULT: Final = ("output", "num_workers", "cpus_per_worker", "use_gpu",
 """Fields that may differ when a run is resumed: they change where and how fast it computes, not what."""
 
 
-_VERSIONS_OF: Final = ("catdog", "keras", "numpy", "pillow", "ray", "tensorflow")
+_LIBRARIES: Final = ("keras", "numpy", "pillow", "ray", "tensorflow")
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -152,7 +152,10 @@ def _run(config: TrainConfig, info: reading.DatasetInfo) -> None:
                 config=config,
                 steps_per_epoch=share // (batch_size // config.num_workers),
                 in_memory=feed.fits_in_memory(num_images, image_size, *_memory(ray.nodes())),
-                card={"data_digest": info.digest, "versions": {name: version(name) for name in _VERSIONS_OF}},
+                card={
+                    "data_digest": info.digest,
+                    "versions": {"catdog": __version__, **{name: version(name) for name in _LIBRARIES}},
+                },
                 progress=progress,
             )
             trainer = TensorflowTrainer(
