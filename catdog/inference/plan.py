@@ -167,6 +167,8 @@ def open_plan(images: str, output: str, model_id: str, *, retry_errors: bool) ->
         spill_keys(done, read_parts(output, parts, KEY_COLUMNS))
         parameters = {"listed": str(listed), "done": str(done), "model_id": model_id, "retry_errors": retry_errors}
         database.execute(_WORK, parameters)
+        for spilled in (listed, done):
+            spilled.unlink()
         yield Plan(database, model_id)
 
 
