@@ -85,7 +85,6 @@ class Learner:
         labels = tf.TensorSpec((None,), tf.float32)
         self._run_train_step = self._compile(self._replica_train_step, images, labels, tf.TensorSpec((2,), tf.int32))
         self._run_validate = self._compile(self._replica_validate, images, labels)
-        self._run_logits = self._compile(self._replica_logits, images)
         self._run_sum = self._compile(self._replica_sum, tf.TensorSpec((None,), tf.float64))
 
     def _build_optimizer(self, num_steps: int) -> Any:
@@ -125,10 +124,6 @@ class Learner:
     def validate(self, images_BSSC: npt.NDArray[np.uint8], labels_B: npt.NDArray[np.int8]) -> tf.Tensor:
         """The sum of losses and the count of right answers, float32 (2,), with the weights as they are. Local."""
         return self._run_validate(images_BSSC, labels_B.astype(np.float32))
-
-    def logits(self, images_BSSC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Logits, float32 (B,), in inference mode."""
-        return np.asarray(self._run_logits(images_BSSC))
 
     def sum_over_workers(self, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """The sum of every worker's `values`, float64, the same on every worker. All give the same shape."""
