@@ -25,9 +25,10 @@ from catdog.schema import CLASS_NAMES
 
 METRICS_NAME: Final = "metrics.json"
 CONFUSION_NAME: Final = "confusion.png"
+RELIABILITY_NAME: Final = "reliability.png"
 GRID_NAME: Final = "predictions.png"
 PREDICTIONS_NAME: Final = "predictions.parquet"
-OUTPUT_NAMES: Final = (PREDICTIONS_NAME, CONFUSION_NAME, GRID_NAME, METRICS_NAME)
+OUTPUT_NAMES: Final = (PREDICTIONS_NAME, CONFUSION_NAME, RELIABILITY_NAME, GRID_NAME, METRICS_NAME)
 
 FORMAT: Final = "catdog-evaluation/1"
 _LIBRARIES: Final = ("keras", "numpy", "pillow", "scipy", "tensorflow")
@@ -55,8 +56,8 @@ are the model's, as in the output of predict; `true_label` is the dataset's."""
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Label a split of a dataset as predict would, and measure how right that is.
 
-    Writes `predictions.parquet`, `confusion.png`, `predictions.png` and `metrics.json`; an earlier evaluation in the
-    same place is replaced.
+    Writes `predictions.parquet`, `confusion.png`, `reliability.png`, `predictions.png` and `metrics.json`; an earlier
+    evaluation in the same place is replaced.
 
     Returns:
         What `metrics.json` holds (the metrics of `catdog.metrics.classification_metrics` and `review_metrics`, the
@@ -102,11 +103,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "duration_s": round(time.monotonic() - started, 1),
     }
     files = {name: storage.join(output, name) for name in OUTPUT_NAMES}
-    confusion, grid = report.confusion(result["confusion_matrix"], CLASS_NAMES), gallery.draw()
+    figures = {
+        CONFUSION_NAME: report.confusion(result["confusion_matrix"], CLASS_NAMES),
+        RELIABILITY_NAME: report.reliability(labels_B, {"Reliability": prob_dog_B}),
+        GRID_NAME: gallery.draw(),
+    }
     storage.delete(files[METRICS_NAME])  # an earlier one: it must not stand beside files that it does not describe
     storage.publish_parquet(files[PREDICTIONS_NAME], predictions)
-    storage.publish_bytes(files[CONFUSION_NAME], confusion)
-    storage.publish_bytes(files[GRID_NAME], grid)
+    for name, png in figures.items():
+        storage.publish_bytes(files[name], png)
     storage.publish_json(files[METRICS_NAME], result)
     return {"command": "evaluate", "output": output, "files": files, **result}
 

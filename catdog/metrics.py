@@ -148,7 +148,14 @@ def expected_calibration_error(labels_B: npt.ArrayLike, prob_dog_B: npt.ArrayLik
     larger than chance.
     """
     labels_B, prob_dog_B = _checked(labels_B, prob_dog_B)
-    return _root(_squared_calibration_errors(_calibration_bins(prob_dog_B), labels_B, prob_dog_B)[1])
+    return _root(_squared_calibration_errors(calibration_bins(prob_dog_B), labels_B, prob_dog_B)[1])
+
+
+def calibration_bins(prob_dog_B: npt.ArrayLike) -> IntArray:
+    """The equal-mass bin of each image; equal probabilities share one, so that bins are at times larger, or empty."""
+    probs = np.asarray(prob_dog_B, dtype=np.float64)
+    edges = np.quantile(probs, np.linspace(0, 1, NUM_CALIBRATION_BINS + 1)[1:-1])
+    return np.searchsorted(edges, probs, side="right").astype(np.int64)
 
 
 def _per_class(matrix: IntArray, index: int) -> dict[str, Any]:
@@ -174,7 +181,7 @@ def _bootstrapped(labels_B: IntArray, prob_dog_B: FloatArray) -> dict[str, Metri
     labels_B, prob_dog_B = labels_B[order_B], prob_dog_B[order_B]
     losses_B = _log_losses(labels_B, prob_dog_B)
     squares_B = np.square(prob_dog_B - labels_B)
-    bins_B = _calibration_bins(prob_dog_B)
+    bins_B = calibration_bins(prob_dog_B)
     strata = [np.flatnonzero(labels_B == index) for index in range(len(CLASS_NAMES))]
 
     rng = np.random.default_rng(_BOOTSTRAP_SEED)
@@ -194,12 +201,6 @@ def _bootstrapped(labels_B: IntArray, prob_dog_B: FloatArray) -> dict[str, Metri
         "brier_score": _metric(squares_B.mean(), low[1], high[1]),
         "expected_calibration_error": _metric(_root(corrected), *map(_root, ends)) | {"norm": "l2"},
     }
-
-
-def _calibration_bins(prob_dog_B: FloatArray) -> IntArray:
-    """The equal-mass bin of each image; equal probabilities share one, so that bins are at times larger, or empty."""
-    edges = np.quantile(prob_dog_B, np.linspace(0, 1, NUM_CALIBRATION_BINS + 1)[1:-1])
-    return np.searchsorted(edges, prob_dog_B, side="right").astype(np.int64)
 
 
 def _squared_calibration_errors(bins_B: IntArray, labels_B: IntArray, prob_dog_B: FloatArray) -> tuple[float, float]:
@@ -235,21 +236,36 @@ def _newcombe_interval(auc: float, num_cats: int, num_dogs: int) -> tuple[float,
     return float(low), float(high)
 
 
-def _checked(labels_B: npt.ArrayLike, prob_dog_B: npt.ArrayLike) -> tuple[IntArray, FloatArray]:
-    """Both as arrays of one length, labels 0 or 1 and probabilities in [0, 1], or `UsageError`."""
-    labels, probs = np.asarray(labels_B), np.asarray(prob_dog_B, dtype=np.float64)
-    if labels.ndim != 1 or labels.shape != probs.shape:
-        shapes = f"{labels.shape} and {probs.shape}"
-        raise UsageError(f"labels and probabilities must be two lists of one length. Received: {shapes}")
+def checked_labels(labels_B: npt.ArrayLike, scores_B: npt.ArrayLike, name: str) -> IntArray:
+    """The labels as integers.
+
+    Args:
+        labels_B: true classes, 0 or 1.
+        scores_B: a score per label.
+        name: what an error calls the scores.
+
+    Raises:
+        UsageError: no images, arrays of different length, a label that is neither class.
+    """
+    labels, scores = np.asarray(labels_B), np.asarray(scores_B)
+    if labels.ndim != 1 or labels.shape != scores.shape:
+        shapes = f"{labels.shape} and {scores.shape}"
+        raise UsageError(f"labels and {name} must be two lists of one length. Received: {shapes}")
     if not len(labels):
         raise UsageError("metrics need at least one image. Received: none")
     odd = labels[~np.isin(labels, range(len(CLASS_NAMES)))]
     if len(odd):
         raise UsageError(f"labels must be 0 (cat) or 1 (dog). Received: {odd[0]}")
+    return labels.astype(np.int64)
+
+
+def _checked(labels_B: npt.ArrayLike, prob_dog_B: npt.ArrayLike) -> tuple[IntArray, FloatArray]:
+    """Both as arrays of one length, labels 0 or 1 and probabilities in [0, 1], or `UsageError`."""
+    labels, probs = checked_labels(labels_B, prob_dog_B, "probabilities"), np.asarray(prob_dog_B, dtype=np.float64)
     odd = probs[~((probs >= 0) & (probs <= 1))]  # true of NaN as well
     if len(odd):
         raise UsageError(f"probabilities must lie between 0 and 1. Received: {odd[0]}")
-    return labels.astype(np.int64), probs
+    return labels, probs
 
 
 def _metric(value: float, low: float, high: float) -> Metric:

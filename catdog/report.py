@@ -1,4 +1,4 @@
-"""Figures: the course of a training, a confusion matrix, photographs with what was made of them.
+"""Figures: the course of a training, a confusion matrix, a reliability diagram, photographs and what was made of them.
 
 Every function returns the bytes of a PNG: the same bytes for the same input. They draw on figures of their own, with no
 state shared through `pyplot`. Training draws its curves here, evaluation the rest.
@@ -16,10 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from PIL import ImageOps
 
-from catdog import images
+from catdog import images, metrics
 from catdog.errors import UsageError
 
 _INK: Final = "#1f2933"
@@ -31,6 +31,10 @@ _RIGHT: Final = "#2b7a3d"
 _WRONG: Final = "#c02b2b"
 _TITLE: Final[dict[str, Any]] = {"color": _INK, "fontsize": 12, "fontweight": "bold", "pad": 12}
 _SUBTITLE: Final[dict[str, Any]] = {"color": _VALIDATION, "fontsize": 11, "pad": 12}
+
+_SHARE_TICKS: Final = (0.0001, 0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
+"""Of the axes of a reliability diagram, which end at the first and the last."""
+_NUM_BARS: Final = 36
 
 _NUM_COLUMNS: Final = 6
 _TILE_PX: Final = 220
@@ -63,40 +67,37 @@ class GridItem:
 
 
 def curves(history: Sequence[Mapping[str, float]]) -> bytes:
-    """Accuracy and loss by epoch, training and validation, with the epoch of the lowest validation loss marked.
+    """Accuracy and loss by epoch, training and validation, with the last epoch's marked.
 
     Args:
         history: a row per epoch with `epoch`, `train_loss`, `train_accuracy`, `val_loss` and `val_accuracy`.
     """
     if not history:
         raise UsageError("training curves need at least one epoch. Received: none")
-    best = min(history, key=lambda row: row["val_loss"])
+    last = history[-1]
     figure = Figure(figsize=(11, 4.4), dpi=150, layout=_layout(), facecolor="white")
     accuracy, loss = figure.subplots(1, 2)
-    _curve_panel(accuracy, history, best, "accuracy")
+    _curve_panel(accuracy, history, "accuracy")
     accuracy.set_title("Accuracy", loc="left", **_TITLE)
-    accuracy.set_title(
-        f"best epoch {best['epoch']:.0f}: validation {best['val_accuracy']:.1%}", loc="right", **_SUBTITLE
-    )
+    accuracy.set_title(f"epoch {last['epoch']:.0f}: validation {last['val_accuracy']:.1%}", loc="right", **_SUBTITLE)
     lowest = min(min(row["train_accuracy"], row["val_accuracy"]) for row in history)
     accuracy.set_ylim(max(0.0, np.ceil(lowest * 10 - 1) / 10), 1)
     accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    _curve_panel(loss, history, best, "loss")
+    _curve_panel(loss, history, "loss")
     loss.set_title("Loss (cross-entropy)", loc="left", **_TITLE)
-    loss.set_title(f"best epoch {best['epoch']:.0f}: validation {best['val_loss']:.3f}", loc="right", **_SUBTITLE)
+    loss.set_title(f"epoch {last['epoch']:.0f}: validation {last['val_loss']:.3f}", loc="right", **_SUBTITLE)
     loss.set_ylim(0, 1.05 * max(max(row["train_loss"], row["val_loss"]) for row in history) or 1)
     loss.legend(loc="upper right", facecolor="white", framealpha=1, edgecolor="white", labelcolor=_INK)
     return _png(figure)
 
 
-def _curve_panel(axes: Axes, history: Sequence[Mapping[str, float]], best: Mapping[str, float], name: str) -> None:
-    """Both curves of a quantity; a line and a point mark the best epoch."""
+def _curve_panel(axes: Axes, history: Sequence[Mapping[str, float]], name: str) -> None:
+    """Both curves of a quantity; a point marks the last epoch."""
     epochs = [row["epoch"] for row in history]
-    axes.axvline(best["epoch"], color=_QUIET, linewidth=1, linestyle=(0, (2, 3)), zorder=1)
     for split, label, colour in (("train", "training", _TRAINING), ("val", "validation", _VALIDATION)):
         values = [row[f"{split}_{name}"] for row in history]
         axes.plot(epochs, values, color=colour, linewidth=2, label=label, clip_on=False)
-        axes.plot(best["epoch"], best[f"{split}_{name}"], "o", color=colour, markersize=7, clip_on=False)
+        axes.plot(epochs[-1], values[-1], "o", color=colour, markersize=7, clip_on=False)
     axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
     axes.set_xlabel("epoch", color=_INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -141,6 +142,78 @@ def confusion(matrix: npt.ArrayLike, class_names: Sequence[str]) -> bytes:
     num_right, num_images = np.trace(counts), counts.sum()
     axes.set_title(f"{num_right / num_images:.1%} right: {num_right:,} of {num_images:,} images", loc="left", **_TITLE)
     return _png(figure)
+
+
+def reliability(labels_B: npt.ArrayLike, prob_dog_by_title: Mapping[str, npt.ArrayLike]) -> bytes:
+    """Of the images that are said to be dogs with some probability, the share that are: a panel per way to say it.
+
+    A point is a bin of `catdog.metrics.calibration_bins`, with Wilson's 95 % interval of its share; below are the
+    numbers of images. Both axes are logarithmic in the odds, p / (1 - p), since most probabilities lie near 0 and 1.
+    On them a temperature turns the points around the middle: where they climb more slowly than the diagonal, the model
+    is surer than it should be. What lies beyond an end of an axis is drawn at that end, a point hollow.
+
+    Args:
+        labels_B: true classes, 0 or 1.
+        prob_dog_by_title: per panel its title, and the probability of class 1 of each image, in the labels' order.
+
+    Raises:
+        UsageError: there is no panel, or labels and probabilities make no sense to `catdog.metrics`.
+    """
+    if not prob_dog_by_title:
+        raise UsageError("a reliability diagram needs at least one panel. Received: none")
+    num_panels = len(prob_dog_by_title)
+    figure = Figure(figsize=(0.6 + 5.2 * num_panels, 6.6), dpi=150, layout=_layout(), facecolor="white")
+    grid = figure.subplots(2, num_panels, squeeze=False, sharex=True, sharey="row", height_ratios=(4, 1))
+    for (points, bars), (title, prob_dog_B) in zip(grid.T, prob_dog_by_title.items(), strict=True):
+        error = metrics.expected_calibration_error(labels_B, prob_dog_B)
+        points.set_title(title, loc="left", **_TITLE)
+        points.set_title(f"ECE {error:.4f}", loc="right", **_SUBTITLE)
+        _reliability_panel(points, np.asarray(labels_B), np.asarray(prob_dog_B, dtype=np.float64))
+        low, *_, high = _log_odds(_SHARE_TICKS).tolist()
+        bars.hist(
+            _log_odds(prob_dog_B), bins=_NUM_BARS, range=(low, high), color=_TRAINING, edgecolor="white", linewidth=0.6
+        )
+        bars.set_xlabel("probability of dog", color=_INK)
+        bars.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+        bars.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        for axes in (points, bars):
+            axes.grid(color=_FAINT, linewidth=0.8)
+            axes.set_axisbelow(True)
+            axes.spines[:].set_visible(False)
+            axes.tick_params(colors=_INK, length=0, pad=6, labelsize=9)
+    grid[0, 0].set_ylabel("share of dogs", color=_INK)
+    grid[1, 0].set_ylabel("images", color=_INK)
+    note = f"up to {metrics.NUM_CALIBRATION_BINS} bins of equally many images,\n95% intervals; hollow: beyond the axis"
+    grid[0, -1].text(0.98, 0.03, note, transform=grid[0, -1].transAxes, ha="right", color=_QUIET, fontsize=9)
+    return _png(figure)
+
+
+def _reliability_panel(axes: Axes, labels_B: npt.NDArray[np.int64], prob_dog_B: npt.NDArray[np.float64]) -> None:
+    """The points with their intervals, and the diagonal on which they should lie."""
+    ticks = _log_odds(_SHARE_TICKS)
+    low, *_, high = ticks.tolist()
+    axes.plot([low, high], [low, high], color=_QUIET, linewidth=1, linestyle=(0, (2, 3)))
+    bins_B = metrics.calibration_bins(prob_dog_B)
+    for index in np.unique(bins_B):
+        in_bin_B = bins_B == index
+        share = metrics.proportion(int(labels_B[in_bin_B].sum()), int(in_bin_B.sum()), "there are no images")
+        mean = float(prob_dog_B[in_bin_B].mean())
+        inside = all(_SHARE_TICKS[0] <= value <= _SHARE_TICKS[-1] for value in (mean, share["value"]))
+        x, y = _log_odds([mean, share["value"]])
+        axes.vlines(x, *_log_odds(share["ci95"]), color=_VALIDATION, linewidth=1.5, alpha=0.55, clip_on=False)
+        face = _VALIDATION if inside else "white"
+        axes.plot(x, y, "o", color=_VALIDATION, markerfacecolor=face, markersize=7, clip_on=False, zorder=3)
+    labels = [f"{100 * share:g}%" for share in _SHARE_TICKS]
+    axes.set_xticks(ticks, labels)
+    axes.set_yticks(ticks, labels)
+    axes.set(xlim=(low, high), ylim=(low, high))
+
+
+def _log_odds(probs: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """log(p / (1 - p)), cut off at the ends of the axes."""
+    clipped = np.clip(np.asarray(probs, dtype=np.float64), _SHARE_TICKS[0], _SHARE_TICKS[-1])
+    log_odds: npt.NDArray[np.float64] = np.log(clipped) - np.log1p(-clipped)
+    return log_odds
 
 
 def predictions_grid(items: Sequence[GridItem], title: str = "") -> bytes:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from catdog import architectures, bundle, evaluation, report, storage
+from catdog import architectures, bundle, evaluation, report, storage, summaries
 from catdog.config import EvaluateConfig
 from catdog.dataset import load_info
 from catdog.engines import load_engine
@@ -169,8 +169,15 @@ def test_evaluate_measures_and_writes(
     assert saved["suspects"][0]["label"] == "dog"
     assert saved["suspects"][0]["confidence"] == pytest.approx(prob_dog_of(180), abs=1e-5)
 
-    for name in ("confusion.png", "predictions.png"):
+    for name in ("confusion.png", "reliability.png", "predictions.png"):
         Image.open(output / name).load()
+    error = saved["expected_calibration_error"]
+    low, high = error["ci95"]
+    line = f"  ECE        {error['value']:.4f} (95 % interval {low:.4f} to {high:.4f})"
+    assert line in summaries.evaluate(record)
+    prob_dog = table["prob_dog"].to_numpy()
+    labels = [label for label, _ in ANSWERS]
+    assert (output / "reliability.png").read_bytes() == report.reliability(labels, {"Reliability": prob_dog})
     [(title, items)] = titles
     assert title == "2 of 9 wrong; 7 of the right ones, at random"
     assert [item.is_right for item in items] == [False] * 2 + [True] * 7
@@ -181,7 +188,7 @@ def test_the_batch_size_changes_nothing(data: str, model: str, tmp_path: Path) -
     evaluated(data, model, tmp_path / "all")
     for batch_size in (1, 2):
         evaluated(data, model, tmp_path / "batches", batch_size=batch_size)
-        for name in ("predictions.parquet", "predictions.png", "confusion.png"):
+        for name in ("predictions.parquet", "predictions.png", "confusion.png", "reliability.png"):
             assert (tmp_path / "all" / name).read_bytes() == (tmp_path / "batches" / name).read_bytes()
 
 
@@ -253,6 +260,7 @@ def test_an_evaluation_that_was_killed_while_it_was_written_is_done_again(
     output = tmp_path / "evaluation"
     evaluated(data, model, output)
     (output / "metrics.json").unlink()
+    (output / "reliability.png").unlink()
     (output / "predictions.png").unlink()
     (output / ".predictions.png.0.tmp").write_bytes(b"half")
     evaluated(data, model, output)

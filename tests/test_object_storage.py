@@ -71,5 +71,6 @@ def test_every_job_reads_and_writes_a_bucket(s3: S3Server) -> None:
     assert {Path(name).name for name in filesystem.ls(f"{bucket}/evaluation", detail=False)} >= {
         "metrics.json",
         "confusion.png",
+        "reliability.png",
         "predictions.png",
     }
