@@ -8,9 +8,11 @@ them all, and refuses what it does not understand. Nothing in a bundle is ever e
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -29,6 +31,10 @@ if TYPE_CHECKING:
 CARD_NAME: Final = "bundle.json"
 MODEL_NAME: Final = "model.keras"
 FORMAT: Final = "catdog-bundle/1"
+
+DEFAULT_URL: Final = str(Path(__file__).parent / "default_model")
+"""The bundle that ships with the package."""
+
 GOLDEN_TOLERANCE: Final = 0.25
 """Logits. bfloat16 arithmetic on other hardware moved a logit by up to 0.1; another model moves it by whole units."""
 
@@ -80,7 +86,7 @@ def save(url: str, model: keras.Model, card: dict[str, Any], *, extra_files: dic
 
     Args:
         url: the bundle's directory.
-        model: what `catdog.architectures.build_model` made.
+        model: what `catdog.architectures.exported` made.
         card: `image_size`, `temperature`, `review_threshold`, and whatever else describes the model.
         extra_files: name → content of further files that the card shall cover.
 
@@ -92,7 +98,7 @@ def save(url: str, model: keras.Model, card: dict[str, Any], *, extra_files: dic
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / MODEL_NAME
         model.save(path)
-        files = {MODEL_NAME: path.read_bytes(), **(extra_files or {})}
+        files = {MODEL_NAME: _deflated(path), **(extra_files or {})}
     images_BHWC = golden_images(card["image_size"])
     logits_B = np.asarray(logits_model(model)(images_BHWC.astype("float32"), training=False))[:, 0]
     full_card = {
@@ -110,12 +116,22 @@ def save(url: str, model: keras.Model, card: dict[str, Any], *, extra_files: dic
     return _sha256(encoded)
 
 
-def read_card(url: str) -> tuple[dict[str, Any], str]:
-    """A bundle's card, checked, and the model's id. Reads no other file.
+def _deflated(path: Path) -> bytes:
+    """A `.keras` file, a zip archive, with its members compressed, which Keras leaves as they are."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as small:
+        for member in plain.namelist():
+            small.writestr(zipfile.ZipInfo(member), plain.read(member), zipfile.ZIP_DEFLATED, 9)
+    return buffer.getvalue()
+
+
+def read_card(url: str | None) -> tuple[dict[str, Any], str]:
+    """A bundle's card, checked, and the model's id. Reads no other file. None is the bundle that ships with catdog.
 
     Raises:
         BundleError: there is no card, it is damaged, or this version does not understand it.
     """
+    url = url or DEFAULT_URL
     card_url = storage.join(url, CARD_NAME)
     if not storage.exists(card_url):
         raise BundleError(f"a model bundle is a directory with a {CARD_NAME}. Received: {url}")
@@ -145,12 +161,13 @@ def read_card(url: str) -> tuple[dict[str, Any], str]:
     return card, _sha256(encoded)
 
 
-def load(url: str) -> Bundle:
-    """Verify a bundle, and copy what is not on this machine here.
+def load(url: str | None) -> Bundle:
+    """Verify a bundle, and copy what is not on this machine here. None is the bundle that ships with catdog.
 
     Raises:
         BundleError: a file is missing or damaged, or the card is not one that this version understands.
     """
+    url = url or DEFAULT_URL
     card, model_id = read_card(url)
     for name, entry in card["files"].items():
         file_url = storage.join(url, name)

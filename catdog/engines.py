@@ -3,6 +3,7 @@
 Shapes: `B` images in the batch, `H` = `W` = the bundle's image size, `C` = 3 (RGB).
 """
 
+import os
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -44,18 +45,30 @@ def load_engine(bundle: Bundle, name: EngineName = "auto", num_threads: int | No
     return _TensorFlowEngine(bundle, num_threads)
 
 
+def has_bfloat16() -> bool:
+    """Whether this machine's processor computes in bfloat16: an x86 CPU says so in its flags."""
+    if not os.path.exists("/proc/cpuinfo"):
+        return False
+    with open("/proc/cpuinfo", encoding="utf-8") as info:
+        flags = set(next((line for line in info if line.startswith("flags")), "").split())
+    return bool(flags & {"avx512_bf16", "amx_bf16"})
+
+
 class _TensorFlowEngine:
     name: Final = "tensorflow"
 
     def __init__(self, bundle: Bundle, num_threads: int | None) -> None:
         import tensorflow as tf
 
-        from catdog.architectures import logits_model
+        from catdog.architectures import in_bfloat16, logits_model
 
         if num_threads is not None:
             _limit_threads(num_threads)
         size = bundle.image_size
-        model = logits_model(load_model(bundle))
+        model = load_model(bundle)
+        if has_bfloat16():
+            model = in_bfloat16(model)
+        model = logits_model(model)
 
         def compute(images_BHWC: Any) -> Any:
             return tf.reshape(model(tf.cast(images_BHWC, tf.float32), training=False), [-1])

@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+
 import keras
 import numpy as np
 import pytest
@@ -6,7 +8,14 @@ from catdog import architectures
 from catdog.errors import UsageError
 
 
-@pytest.mark.parametrize("name", sorted(architectures.ARCHITECTURES))
+@pytest.fixture
+def mixed_bfloat16() -> Iterator[None]:
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    yield
+    keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet", "efficientnet_lite0", "efficientnet_lite2", "mobilenetv2"])
 def test_a_model_maps_pixels_to_one_probability_with_its_logits_inside(name: str) -> None:
     size = 64
     model = architectures.build_model(name, size)
@@ -31,5 +40,38 @@ def test_resnet_takes_other_sizes_than_it_was_built_for() -> None:
 
 
 def test_an_unknown_architecture_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"^--arch must be one of cnn, resnet\. Received: --arch=vgg$"):
+    with pytest.raises(UsageError, match=r"^--arch must be one of cnn, resnet, vgg16, .*\. Received: --arch=vgg$"):
         architectures.build_model("vgg", 150)
+
+
+def test_a_backbone_computes_pixels_in_float32_and_infers_also_in_training(mixed_bfloat16: None) -> None:
+    model = architectures.build_model("efficientnet_lite0", 224)
+    backbone = architectures.backbone_layer(model)
+    assert backbone is not None
+    assert backbone.compute_dtype == "bfloat16"
+    assert model.get_layer("scale").compute_dtype == model.get_layer("logits").input.dtype == "float32"
+    pixels_BHWC = np.full((1, 40, 40, 3), 200.3, "float32")
+    scaled_BHWC = np.asarray(model.get_layer("scale")(pixels_BHWC))
+    np.testing.assert_allclose(scaled_BHWC, (pixels_BHWC - 127) / 128, rtol=1e-6)
+    before = [variable.numpy() for variable in backbone.variables]
+    in_training, in_inference = (np.asarray(backbone(scaled_BHWC, training=training)) for training in (True, False))
+    np.testing.assert_array_equal(in_training, in_inference)
+    for variable, value in zip(backbone.variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+
+
+def test_backbone_variables_are_all_but_batchnormalization_and_the_head() -> None:
+    model = architectures.build_model("efficientnet_lite0", 224)
+    variables = architectures.backbone_variables(model)
+    head = [variable for variable in model.trainable_variables if not any(variable is other for other in variables)]
+    assert len(variables) == 49
+    assert {variable.name for variable in variables} == {"kernel"}
+    assert [variable.path for variable in head] == ["logits/kernel", "logits/bias"]
+    assert architectures.backbone_variables(architectures.build_model("resnet", 64)) == []
+
+
+def test_only_published_networks_have_a_backbone() -> None:
+    without = [name for name, chosen in architectures.ARCHITECTURES.items() if not chosen.has_backbone]
+    assert without == ["cnn", "resnet"]
+    for name, chosen in architectures.ARCHITECTURES.items():
+        assert (chosen.recipe.head_epochs > 0) == chosen.has_backbone, name

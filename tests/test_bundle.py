@@ -2,6 +2,7 @@ import json
 import shutil
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
@@ -11,10 +12,14 @@ from catdog.errors import BundleError
 CARD = {"arch": "resnet", "image_size": 48, "temperature": 1.0, "review_threshold": 0.9}
 
 
+def fresh_model() -> keras.Model:
+    return architectures.exported(architectures.build_model("resnet", 48), "resnet")
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bundle") / "model"
-    bundle.save(str(path), architectures.build_model("resnet", 48), CARD, extra_files={"history.csv": b"epoch\n1\n"})
+    bundle.save(str(path), fresh_model(), CARD, extra_files={"history.csv": b"epoch\n1\n"})
     return path
 
 
@@ -40,7 +45,7 @@ def test_golden_images_differ_and_are_full_of_detail() -> None:
 
 
 def test_the_model_id_follows_the_weights(saved: Path, tmp_path: Path) -> None:
-    other = bundle.save(str(tmp_path), architectures.build_model("resnet", 48), CARD)
+    other = bundle.save(str(tmp_path), fresh_model(), CARD)
     assert other != bundle.read_card(str(saved))[1]
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from catdog import bundle
-from catdog.architectures import build_model, logits_model
-from catdog.engines import Engine, load_engine
+from catdog.architectures import build_model, exported, in_bfloat16, logits_model
+from catdog.engines import Engine, has_bfloat16, load_engine
 
 SIZE = 32
 
@@ -18,7 +18,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> bundle.Bundle:
 
     keras.utils.set_random_seed(0)
     url = str(tmp_path_factory.mktemp("engines") / "model")
-    bundle.save(url, build_model("resnet", SIZE), {"image_size": SIZE, "temperature": 1.0, "review_threshold": 0.8})
+    bundle.save(
+        url,
+        exported(build_model("resnet", SIZE), "resnet"),
+        {"image_size": SIZE, "temperature": 1.0, "review_threshold": 0.8},
+    )
     return bundle.load(url)
 
 
@@ -35,11 +39,16 @@ def images_BHWC() -> np.ndarray:  # noqa: N802
 
 
 def test_computes_the_models_logits(saved: bundle.Bundle, engine: Engine, images_BHWC: np.ndarray) -> None:
-    expected_B = np.asarray(logits_model(bundle.load_model(saved))(images_BHWC.astype("float32"), training=False))[:, 0]
+    model = bundle.load_model(saved)
+    exact_B = np.asarray(logits_model(model)(images_BHWC.astype("float32"), training=False))[:, 0]
+    if has_bfloat16():
+        model = in_bfloat16(model)
+    expected_B = np.asarray(logits_model(model)(images_BHWC.astype("float32"), training=False))[:, 0]
     logits_B = engine.predict(images_BHWC)
     assert logits_B.dtype == np.float32
     assert np.ptp(logits_B) > 0.01  # different images, different logits
     np.testing.assert_allclose(logits_B, expected_B, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits_B, exact_B, atol=bundle.GOLDEN_TOLERANCE / 10)
 
 
 def test_a_logit_depends_on_its_image_alone(engine: Engine, images_BHWC: np.ndarray) -> None:

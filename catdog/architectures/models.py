@@ -1,0 +1,81 @@
+"""Keras models from architectures, and their parts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from catdog.architectures import fast_layers
+from catdog.architectures.backbones import BACKBONE_LAYER
+from catdog.architectures.registry import architecture
+
+if TYPE_CHECKING:
+    import keras
+
+LOGITS_LAYER: Final = "logits"
+PROBABILITY_LAYER: Final = "prob_dog"
+
+
+def build_model(name: str, image_size: int) -> keras.Model:
+    """A freshly initialised model, in Keras's current dtype policy.
+
+    Args:
+        name: one of `ARCHITECTURES`.
+        image_size: pixels per side, `S`. An architecture without `fixed_size` also takes other sizes.
+
+    Returns:
+        Model from pixels (B, S, S, 3), 0 to 255, to `prob_dog`, float32 (B, 1).
+    """
+    import keras
+
+    chosen = architecture(name)
+    side = image_size if chosen.fixed_size else None
+    pixels = keras.Input((side, side, 3), name="pixels")
+    if chosen.backbone is not None:
+        x = chosen.backbone.preprocess(pixels)
+    else:
+        x = keras.layers.Rescaling(1 / 127.5, offset=-1.0, name="scale")(pixels)
+    features = chosen.build_features(x)
+    # float32 whatever the policy: bfloat16 has 8 bits of mantissa, too few for a calibrated logit.
+    logits = keras.layers.Dense(1, dtype="float32", name=LOGITS_LAYER)(features)
+    probabilities = keras.layers.Activation("sigmoid", dtype="float32", name=PROBABILITY_LAYER)(logits)
+    return keras.Model(pixels, probabilities, name=name)
+
+
+def logits_model(model: keras.Model) -> keras.Model:
+    """The part of `model` up to its logits, float32 (B, 1), sharing its weights."""
+    import keras
+
+    return keras.Model(model.input, model.get_layer(LOGITS_LAYER).output, name=f"{model.name}_logits")
+
+
+def exported(model: keras.Model, name: str) -> keras.Model:
+    """A copy of what `build_model(name, ...)` made, as a bundle keeps it: of Keras's own layers alone.
+
+    Where the recipe says so, its logits are the mean of those of an image and of its mirror image.
+    """
+    import keras
+
+    plain = fast_layers.with_stock_layers(model)
+    if not architecture(name).recipe.mirror:
+        return plain
+    logits = logits_model(plain)
+    pixels = keras.Input(plain.input.shape[1:], name="pixels")
+    both = [logits(pixels), logits(keras.ops.flip(pixels, axis=2))]
+    mean = keras.layers.Average(dtype="float32", name=LOGITS_LAYER)(both)
+    probabilities = keras.layers.Activation("sigmoid", dtype="float32", name=PROBABILITY_LAYER)(mean)
+    return keras.Model(pixels, probabilities, name=name)
+
+
+def backbone_layer(model: keras.Model) -> keras.Model | None:
+    """The published network within `model`, or None where there is none.
+
+    To freeze it, leave `backbone_variables` out of what is trained. Setting its `trainable` to True would also make its
+    BatchNormalization trainable, and so learn from each batch's statistics.
+    """
+    return next((layer for layer in model.layers if layer.name == BACKBONE_LAYER), None)
+
+
+def backbone_variables(model: keras.Model) -> list[Any]:
+    """What fine-tuning changes in the backbone of `model`: all but BatchNormalization's. Empty where there is none."""
+    backbone = backbone_layer(model)
+    return [] if backbone is None else list(backbone.trainable_variables)
