@@ -6,7 +6,7 @@ Shapes: `B` images in the batch; `S` pixels per side as decoded; `T` pixels per 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -20,8 +20,22 @@ MAX_SATURATION: Final = 0.3
 """Largest relative changes either way. Daylight and lamplight differ by more; a burnt-out picture teaches nothing."""
 
 
+class Rows(NamedTuple):
+    """Which rows of a batch these images are: what is drawn for an image depends on its place in the whole batch."""
+
+    start: int
+    stop: int
+    batch_size: int
+
+
 def random_views(
-    images_BSSC: tf.Tensor, *, crop_size: int, min_area: float, rotation_deg: float, seed: tf.Tensor
+    images_BSSC: tf.Tensor,
+    *,
+    crop_size: int,
+    min_area: float,
+    rotation_deg: float,
+    seed: tf.Tensor,
+    rows: Rows | None = None,
 ) -> tf.Tensor:
     """A random view of each image: flipped, rotated, zoomed, shifted and with other light.
 
@@ -33,27 +47,24 @@ def random_views(
         min_area: a view shows a share of the picture's area drawn uniformly between this and 1.
         rotation_deg: largest rotation either way, in degrees.
         seed: int32 (2,). The same seed gives the same views.
+        rows: of the whole batch; default: these are all.
 
     Returns:
         float32 (B, T, T, C), 0 to 255.
     """
     import tensorflow as tf
 
-    num_images = tf.shape(images_BSSC)[0]
     side = float(images_BSSC.shape[1])
-    draws_9B = tf.unstack(tf.random.stateless_uniform([9, num_images], seed=seed))
-
-    def between(draw_B: tf.Tensor, low: float, high: float) -> tf.Tensor:
-        return low + draw_B * (high - low)
+    draws_9B = _draws(9, images_BSSC, seed, rows)
 
     flip_B = tf.where(draws_9B[0] < 0.5, -1.0, 1.0)
-    angle_B = between(draws_9B[1], -1.0, 1.0) * math.radians(rotation_deg)
-    shown_B = tf.sqrt(between(draws_9B[2], min_area, 1.0))
-    stretch_B = tf.exp(between(draws_9B[3], -0.5, 0.5) * math.log(MAX_ASPECT))
+    angle_B = _between(draws_9B[1], -1.0, 1.0) * math.radians(rotation_deg)
+    shown_B = tf.sqrt(_between(draws_9B[2], min_area, 1.0))
+    stretch_B = tf.exp(_between(draws_9B[3], -0.5, 0.5) * math.log(MAX_ASPECT))
     width_B = tf.minimum(shown_B * stretch_B, 1.0)
     height_B = tf.minimum(shown_B / stretch_B, 1.0)
-    shift_x_B = between(draws_9B[4], -0.5, 0.5) * (1.0 - width_B) * side
-    shift_y_B = between(draws_9B[5], -0.5, 0.5) * (1.0 - height_B) * side
+    shift_x_B = _between(draws_9B[4], -0.5, 0.5) * (1.0 - width_B) * side
+    shift_y_B = _between(draws_9B[5], -0.5, 0.5) * (1.0 - height_B) * side
 
     # A row of `transforms` maps an output pixel (x, y) to the input pixel (a x + b y + c, d x + e y + f).
     scale = side / crop_size
@@ -74,13 +85,64 @@ def random_views(
         fill_mode="REFLECT",
     )
 
-    def per_image(factor_B: tf.Tensor) -> tf.Tensor:
-        return factor_B[:, None, None, None]
-
-    brightness_B = between(draws_9B[6], -1.0, 1.0) * MAX_BRIGHTNESS * 127.5
-    contrast_B = 1.0 + between(draws_9B[7], -1.0, 1.0) * MAX_CONTRAST
-    saturation_B = 1.0 + between(draws_9B[8], -1.0, 1.0) * MAX_SATURATION
+    brightness_B = _between(draws_9B[6], -1.0, 1.0) * MAX_BRIGHTNESS * 127.5
+    contrast_B = 1.0 + _between(draws_9B[7], -1.0, 1.0) * MAX_CONTRAST
+    saturation_B = 1.0 + _between(draws_9B[8], -1.0, 1.0) * MAX_SATURATION
     grey_BTT1 = tf.reduce_mean(views_BTTC, axis=-1, keepdims=True)
-    views_BTTC = grey_BTT1 + (views_BTTC - grey_BTT1) * per_image(saturation_B)
-    views_BTTC = (views_BTTC - 127.5) * per_image(contrast_B) + 127.5 + per_image(brightness_B)
+    # ((grey + (view - grey) * saturation) - 127.5) * contrast + 127.5 + brightness, in few passes over all channels.
+    offset_BTT1 = grey_BTT1 * _per_image((1.0 - saturation_B) * contrast_B) + _per_image(
+        127.5 * (1.0 - contrast_B) + brightness_B
+    )
+    views_BTTC = views_BTTC * _per_image(saturation_B * contrast_B) + offset_BTT1
     return tf.clip_by_value(views_BTTC, 0.0, 255.0)
+
+
+def cutmix(
+    images_BTTC: tf.Tensor, targets_B: tf.Tensor, *, max_area: float, seed: tf.Tensor, rows: Rows | None = None
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Cover a square of each image with that of another one, and mix their targets likewise (Yun et al., ICCV 2019).
+
+    Args:
+        images_BTTC: float32.
+        targets_B: probabilities of class 1, float32.
+        max_area: a patch covers a share of the image's area drawn uniformly between 0 and this.
+        seed: int32 (2,). The same seed gives the same patches.
+        rows: as `random_views`.
+
+    Returns:
+        Images and targets, shaped as they came.
+    """
+    import tensorflow as tf
+
+    side = images_BTTC.shape[1]
+    area_B, x_B, y_B = _draws(3, images_BTTC, seed + 1, rows)
+    length_B = tf.round(tf.sqrt(area_B * max_area) * side)
+    left_B, top_B = tf.round(x_B * (side - length_B)), tf.round(y_B * (side - length_B))
+    place_T = tf.range(side, dtype=tf.float32)
+
+    def within(first_B: tf.Tensor) -> tf.Tensor:
+        return (place_T >= first_B[:, None]) & (place_T < (first_B + length_B)[:, None])
+
+    patch_BTT1 = (within(top_B)[:, :, None] & within(left_B)[:, None, :])[..., None]
+    share_B = tf.square(length_B / side)
+    mixed_BTTC = tf.where(patch_BTT1, tf.reverse(images_BTTC, [0]), images_BTTC)
+    return mixed_BTTC, targets_B * (1 - share_B) + tf.reverse(targets_B, [0]) * share_B
+
+
+def _draws(num_draws: int, images_BSSC: tf.Tensor, seed: tf.Tensor, rows: Rows | None) -> list[tf.Tensor]:
+    """Numbers between 0 and 1, float32 (B,)."""
+    import tensorflow as tf
+
+    num_images = tf.shape(images_BSSC)[0]
+    if rows is None:
+        return list(tf.unstack(tf.random.stateless_uniform([num_draws, num_images], seed=seed)))
+    draws = tf.random.stateless_uniform([num_draws, rows.batch_size], seed=seed)
+    return list(tf.unstack(draws[:, rows.start : rows.stop]))
+
+
+def _between(draw_B: tf.Tensor, low: float, high: float) -> tf.Tensor:
+    return low + draw_B * (high - low)
+
+
+def _per_image(factor_B: tf.Tensor) -> tf.Tensor:
+    return factor_B[:, None, None, None]

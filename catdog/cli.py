@@ -29,7 +29,16 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 from tyro.constructors._struct_spec_dataclass import dataclass_rule
 
 from catdog import __version__, streams, summaries
-from catdog.config import DemoConfig, EvaluateConfig, PredictConfig, PrepareConfig, TrainConfig, to_dict
+from catdog.config import (
+    BenchChaosConfig,
+    BenchTrainConfig,
+    DemoConfig,
+    EvaluateConfig,
+    PredictConfig,
+    PrepareConfig,
+    TrainConfig,
+    to_dict,
+)
 from catdog.errors import CatdogError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -103,7 +112,22 @@ COMMANDS: Final = {
         summaries.predict,
         "catdog predict --images s3://bucket/new --model s3://bucket/model --output s3://bucket/predictions",
     ),
+    "bench train": Command(
+        BenchTrainConfig,
+        "catdog.bench",
+        "bench_train",
+        summaries.bench_train,
+        "catdog bench train --data data --output bench",
+    ),
+    "bench chaos": Command(
+        BenchChaosConfig,
+        "catdog.bench",
+        "bench_chaos",
+        summaries.bench_chaos,
+        "catdog bench chaos --data data --output chaos --num-kills 20",
+    ),
 }
+"""By name: one word, or two of which the first is shared by a group."""
 
 DESCRIPTION: Final = """Cats versus dogs as a distributed batch classification job.
 
@@ -155,26 +179,38 @@ def parse(args: Sequence[str]) -> tuple[str, Invocation[Any]]:
         UsageError: one line, for anything that is not a valid command line.
         SystemExit: after `--help`.
     """
-    chosen = args[0] if args else ""
+    chosen, names = _choose(args)
     commands: Any = Union[  # noqa: UP007 - of a tuple, which `|` cannot take
         tuple(
             Annotated[
-                Invocation[command.config_type],  # type: ignore[name-defined]
-                tyro.conf.subcommand(name, description=_description(command, with_example=name == chosen)),
+                Invocation[COMMANDS[name].config_type],  # type: ignore[misc]
+                tyro.conf.subcommand(name, description=_description(COMMANDS[name], with_example=name == chosen)),
             ]
-            for name, command in COMMANDS.items()
+            for name in names
         )
     ]
-    with tyro_errors.on_parse_error(lambda event: _reject(event, args)):
+    rest = args[len(chosen.split()) :]
+    with tyro_errors.on_parse_error(lambda event: _reject(event, chosen, names, rest)):
         invocation: Invocation[Any] = tyro.cli(
             commands,
-            args=args,
+            args=[chosen, *rest] if chosen in names else rest,
             prog="catdog",
             description=DESCRIPTION,
             config=(tyro.conf.DisallowNone,),
             registry=_REGISTRY,
         )
     return chosen, invocation
+
+
+def _choose(args: Sequence[str]) -> tuple[str, list[str]]:
+    """The command that a command line begins with, or the group, or nothing; and the commands that are in question."""
+    for num_words in (2, 1):
+        name = " ".join(args[:num_words])
+        if name in COMMANDS:
+            return name, list(COMMANDS)
+        if group := [command for command in COMMANDS if command.startswith(f"{name} ")]:
+            return name, group
+    return "", list(COMMANDS)
 
 
 def _description(command: Command, *, with_example: bool) -> str:
@@ -204,9 +240,10 @@ def _readable_flags(info: StructTypeInfo) -> StructConstructorSpec | None:
 _VALUE_NAMES: Final = {"INT": "an integer", "FLOAT": "a number"}
 
 
-def _reject(event: tyro_errors.ParseErrorEvent, args: Sequence[str]) -> NoReturn:
+def _reject(event: tyro_errors.ParseErrorEvent, chosen: str, names: Sequence[str], rest: Sequence[str]) -> NoReturn:
     """Raise tyro's parse error as one line: the rule, then what was received."""
-    command = shlex.join(["catdog", *args[:1]])
+    command = f"catdog {chosen}".rstrip()
+    line = shlex.join([*command.split(), *rest])
     unknown: list[str] = []
     match event:
         case (
@@ -215,21 +252,21 @@ def _reject(event: tyro_errors.ParseErrorEvent, args: Sequence[str]) -> NoReturn
             unknown = tokens
         case tyro_errors.MissingArgs(missing_arguments=missing):
             needed = " and ".join(context.arg.lowered.name_or_flags[0] for context in missing)
-            raise UsageError(f"{command} needs {needed}. Received: {shlex.join(['catdog', *args])}")
+            raise UsageError(f"{command} needs {needed}. Received: {line}")
         case tyro_errors.BadValue(argument=argument):
             flag = argument.lowered.name_or_flags[0]
-            raise UsageError(f"{flag} needs a value. Received: {shlex.join(['catdog', *args])}")
+            raise UsageError(f"{flag} needs a value. Received: {line}")
         case tyro_errors.InvalidChoice(argument=argument, value=value, choices=choices):
             flag = argument.lowered.name_or_flags[0]
             raise UsageError(f"{flag} must be one of {', '.join(choices)}. Received: {flag}={value}")
         case tyro_errors.InstantiationFailure(argument=argument) if argument is not None:
             flag = argument.lowered.name_or_flags[0]
             kind = _VALUE_NAMES.get(str(argument.lowered.metavar), f"a {argument.lowered.metavar}")
-            raise UsageError(f"{flag} must be {kind}. Received: {flag}={_last_value(args, flag)}")
-    if args and args[0] in COMMANDS:
+            raise UsageError(f"{flag} must be {kind}. Received: {flag}={_last_value(rest, flag)}")
+    if chosen in names:
         raise UsageError(f"{command} takes only the flags that {command} --help lists. Received: {shlex.join(unknown)}")
-    received = shlex.join(args) or "nothing"
-    raise UsageError(f"catdog must be given one of the commands {', '.join(COMMANDS)}. Received: {received}")
+    known = ", ".join(name.removeprefix(chosen).strip() for name in names)
+    raise UsageError(f"{command} must be given one of the commands {known}. Received: {shlex.join(rest) or 'nothing'}")
 
 
 def _last_value(args: Sequence[str], flag: str) -> str:

@@ -38,7 +38,7 @@ def _at_least(config: object, minimum: int, *fields: str) -> None:
 def _is_url(config: object, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
-        _require(bool(value.strip()), f"{flag(field)} must be a path or a URL", repr(value))
+        _require(value is None or bool(value.strip()), f"{flag(field)} must be a path or a URL", repr(value))
 
 
 def _is_fraction(config: object, *fields: str) -> None:
@@ -104,10 +104,18 @@ class TrainConfig:
     """Where the model bundle is written. The same command again resumes a run that was killed."""
 
     arch: str = "resnet"
-    """Architecture: cnn (the classic Conv2D/MaxPooling/Flatten/Dense) or resnet (small residual network)."""
+    """Architecture. From scratch: cnn (the classic Conv2D/MaxPooling/Flatten/Dense), resnet (small residual network).
+    Transfer learning: efficientnet_lite0, efficientnet_lite1, efficientnet_lite2, mobilenetv2, efficientnetv2b0,
+    resnet50, convnext_tiny, vgg16."""
+
+    weights: str | None = None
+    """none | imagenet, or a file of the backbone's weights, local or a URL; default: imagenet for transfer learning."""
 
     epochs: int | None = None
-    """Most epochs to train; default: the architecture's recipe."""
+    """Epochs to train; default: the architecture's recipe."""
+
+    head_epochs: int | None = None
+    """Epochs, of all, in which a pretrained backbone is frozen and only the new head learns; default: the recipe."""
 
     batch_size: int | None = None
     """Images per optimizer step, over all workers; default: the architecture's recipe."""
@@ -118,17 +126,20 @@ class TrainConfig:
     learning_rate: float | None = None
     """Adam's peak learning rate, after warm-up; default: the architecture's recipe."""
 
-    patience: int = 10
-    """Stop after this many epochs without a lower validation loss."""
-
     augment: bool = True
     """Random flip, rotation, zoom, shift and brightness on the training images."""
 
     shuffle: bool = True
     """Visit the training images in a new order every epoch."""
 
+    review_precision: float = 0.995
+    """Share of right labels, on validation data, among those that need no review: sets the bundle's threshold."""
+
     num_workers: int = 1
     """Data-parallel training workers."""
+
+    min_workers: int | None = None
+    """Go on with as few workers as this while the cluster holds no more, and grow back; default: --num-workers."""
 
     cpus_per_worker: int = 1
     """CPU cores, and so computing threads, per worker."""
@@ -139,8 +150,11 @@ class TrainConfig:
     precision: Precision = "auto"
     """Of the layers' arithmetic; the weights stay float32. auto: bfloat16 where the hardware has it, else float32."""
 
+    checkpoint_steps: int = 1000
+    """Most optimizer steps between checkpoints; there is one after every epoch, too."""
+
     max_failures: int = 3
-    """Restarts of the worker group, from the last checkpoint, before the job fails."""
+    """Restarts in a row, from the last checkpoint and without reaching another, before the job fails."""
 
     seed: int = 0
     """Of the initial weights, the order of images and the augmentation."""
@@ -150,19 +164,26 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Validate."""
-        _is_url(self, "data", "output", "arch")
-        _at_least(self, 1, "epochs", "batch_size", "patience", "num_workers", "cpus_per_worker")
+        _is_url(self, "data", "output", "arch", "weights")
+        _at_least(self, 1, "epochs", "batch_size", "num_workers", "min_workers", "cpus_per_worker", "checkpoint_steps")
         _at_least(self, 32, "image_size")
-        _at_least(self, 0, "max_failures")
+        _at_least(self, 0, "head_epochs", "max_failures", "seed")
+        _require(self.seed < 2**31, f"--seed must be below {2**31}", self.seed)
+        _require(
+            0.5 <= self.review_precision < 1,
+            "--review-precision must be at least 0.5 and below 1",
+            self.review_precision,
+        )
         rate = self.learning_rate
         _require(
             rate is None or (rate > 0 and math.isfinite(rate)), "--learning-rate must be a finite number above 0", rate
         )
-        if self.batch_size is not None and self.batch_size % self.num_workers:
-            raise UsageError(
-                "--batch-size must be a multiple of --num-workers. "
-                f"Received: --batch-size={self.batch_size} --num-workers={self.num_workers}"
-            )
+        for low, high in (("num_workers", "batch_size"), ("min_workers", "num_workers"), ("head_epochs", "epochs")):
+            least, most = getattr(self, low), getattr(self, high)
+            if least is not None and most is not None and least > most:
+                raise UsageError(
+                    f"{flag(low)} must be at most {flag(high)}. Received: {flag(low)}={least} {flag(high)}={most}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +196,8 @@ class EvaluateConfig:
     output: str
     """Where metrics.json and the figures are written."""
 
-    model: str
-    """A model bundle that `catdog train` wrote."""
+    model: str | None = None
+    """A model bundle that `catdog train` wrote; default: the one that ships with catdog."""
 
     split: Split = "test"
     """Which of the dataset's splits to evaluate on."""
@@ -204,8 +225,8 @@ class PredictConfig:
     output: str
     """Where the predictions are kept: empty, or the output of earlier runs, which is added to."""
 
-    model: str
-    """A model bundle that `catdog train` wrote."""
+    model: str | None = None
+    """A model bundle that `catdog train` wrote; default: the one that ships with catdog."""
 
     executor: Executor = "auto"
     """inline: all cores of this machine, no Ray. ray: a Ray Data job. auto: ray where there is a cluster, else
@@ -251,3 +272,76 @@ class DemoConfig:
     def __post_init__(self) -> None:
         """Validate."""
         _is_url(self, "output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchTrainConfig:
+    """How fast this machine trains: against the Keras tutorial, bare processes and one worker, alternating."""
+
+    data: str
+    """A dataset that `catdog prepare` wrote; its JPEG files are used."""
+
+    output: str
+    """Where bench.json is written; an earlier one there is replaced."""
+
+    arch: str = "cnn"
+    """Architecture, with randomly initialised weights."""
+
+    image_size: int | None = None
+    """Pixels per side; default: the architecture's recipe."""
+
+    batch_size: int = 64
+    """Images per optimizer step and worker. The tutorial's batch is that of all workers together."""
+
+    num_workers: int | None = None
+    """Training workers of one thread each; default: one per CPU core. The tutorial has all cores in one process."""
+
+    num_images: int = 2048
+    """Training images per epoch of all workers together, rounded down to whole batches."""
+
+    num_rounds: int = 3
+    """How often everything is measured; the figures are medians."""
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        _is_url(self, "data", "output", "arch")
+        _at_least(self, 1, "batch_size", "num_workers", "num_images", "num_rounds")
+        _at_least(self, 32, "image_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchChaosConfig:
+    """A training whose workers are killed over and over, against the same one undisturbed."""
+
+    data: str
+    """A dataset that `catdog prepare` wrote."""
+
+    output: str
+    """Where chaos.json and both models are written; earlier ones there are replaced."""
+
+    num_kills: int = 20
+    """Workers to kill, each with SIGKILL; the training is made long enough."""
+
+    arch: str = "resnet"
+    """Architecture, with randomly initialised weights."""
+
+    image_size: int = 48
+    """Pixels per side."""
+
+    batch_size: int = 32
+    """Images per optimizer step, over all workers."""
+
+    num_workers: int = 2
+    """Training workers of one thread each."""
+
+    checkpoint_steps: int = 20
+    """Most optimizer steps between checkpoints, and so the most that a kill may cost."""
+
+    seed: int = 0
+    """Of the training, and of when which worker is killed."""
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        _is_url(self, "data", "output", "arch")
+        _at_least(self, 1, "num_kills", "batch_size", "num_workers", "checkpoint_steps")
+        _at_least(self, 32, "image_size")

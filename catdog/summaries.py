@@ -4,6 +4,13 @@ from typing import Any
 
 Record = dict[str, Any]
 
+_STAGES = {
+    "compute_s": "computing",
+    "input_s": "waiting for images",
+    "validation_s": "validating",
+    "checkpoint_s": "saving",
+}
+
 
 def prepare(record: Record) -> list[str]:
     """Kept and rejected, per split and class."""
@@ -23,13 +30,21 @@ def prepare(record: Record) -> list[str]:
 
 
 def train(record: Record) -> list[str]:
-    """The best epoch's figures."""
-    best = record["metrics"]
+    """The last epoch's figures, what calibration changed, and where the time went."""
+    last = record["metrics"]
+    errors = record["calibration"]["expected_calibration_error"]
+    before, after = errors["before"]["value"], errors["after"]["value"]
+    durations = {name: record["durations_s"][name] for name in _STAGES}
+    total = max(sum(durations.values()), 1e-9)
     return [
         f"Trained {record['arch']} for {record['epochs_trained']} epochs in {record['training_seconds']:,.0f} s "
-        f"({record['precision']}); best is epoch {record['best_epoch']}.",
-        f"  training    accuracy {_percent(best['train_accuracy'])}, loss {best['train_loss']:.4f}",
-        f"  validation  accuracy {_percent(best['val_accuracy'])}, loss {best['val_loss']:.4f}",
+        f"({record['precision']}).",
+        f"  training    accuracy {_percent(last['train_accuracy'])}, loss {last['train_loss']:.4f}",
+        f"  validation  accuracy {_percent(last['val_accuracy'])}, loss {last['val_loss']:.4f}",
+        f"  calibration temperature {record['calibration']['temperature']:.2f}: "
+        f"ECE {before:.4f}, cross-fitted {after:.4f}",
+        "  time        "
+        + ", ".join(f"{_percent(seconds / total)} {_STAGES[name]}" for name, seconds in durations.items()),
         f"Model: {record['output']}",
     ]
 
@@ -41,6 +56,7 @@ def evaluate(record: Record) -> list[str]:
         f"Evaluated {record['num_images']:,} {record['split']} images in {record['duration_s']:,.1f} s.",
         f"  accuracy   {_metric(record['accuracy'], percent=True)}",
         f"  log loss   {_metric(record['log_loss'])}",
+        f"  ECE        {_metric(record['expected_calibration_error'])}",
         f"  ROC AUC    {_metric(record['roc_auc'])}",
         f"  cats       {cats_right:,} right, {cats_wrong:,} taken for dogs",
         f"  dogs       {dogs_right:,} right, {dogs_wrong:,} taken for cats",
@@ -81,6 +97,51 @@ def demo(record: Record) -> list[str]:
         f"  {record['train']['output']}/curves.png",
         *(f"  {path}" for name, path in record["evaluate"]["files"].items() if name.endswith(".png")),
     ]
+
+
+def bench_train(record: Record) -> list[str]:
+    """Every figure with its range over the rounds and its target."""
+    config, workers = record["config"], _workers(record["num_workers"])
+    figures = {name: _figure(figure) for name, figure in record["figures"].items()}
+    goals = {name: f"{100 * figure['target']:g} %" for name, figure in record["figures"].items()}
+    return [
+        f"Trained {config['arch']} at {record['image_size']} px on {record['num_images']:,} images, "
+        f"{config['num_rounds']} times with every contender, in {record['duration_s']:,.0f} s.",
+        "Images per second:",
+        f"  Keras tutorial  {figures['tutorial_speedup']} of its (goal: at least {goals['tutorial_speedup']})",
+        f"  bare processes  {figures['ray_efficiency']} of theirs (goal: at least {goals['ray_efficiency']})",
+        f"  one worker      {figures['scaling_efficiency']} of its with each of {workers} "
+        f"(goal: at least {goals['scaling_efficiency']})",
+        "Share of the time in which workers wait for images:",
+        f"  in memory       {figures['input_share_in_memory']} (goal: below {goals['input_share_in_memory']})",
+        f"  streamed        {figures['input_share_streamed']} (goal: below {goals['input_share_streamed']})",
+        f"Bench: {record['output']}",
+    ]
+
+
+def bench_chaos(record: Record) -> list[str]:
+    """Both trainings side by side."""
+    calm, chaos = record["undisturbed"], record["disturbed"]
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in record["kills_by_moment"].items())
+    return [
+        f"Killed {_workers(record['num_kills'])} of a training of {record['num_steps']:,} steps: {kinds}.",
+        f"  restarts    {record['num_restarts']:,}; {record['num_lost_steps']:,} steps done again, "
+        f"at most {record['most_lost_steps']:,} at once, with {record['config']['checkpoint_steps']:,} "
+        "between checkpoints",
+        f"  weights     differ by at most {record['max_weight_difference']:g}",
+        f"  validation  accuracy {_percent(chaos['val_accuracy'])}, loss {chaos['val_loss']:.6f}; "
+        f"undisturbed {_percent(calm['val_accuracy'])}, {calm['val_loss']:.6f}",
+        f"  time        {chaos['wall_seconds']:,.0f} s; undisturbed {calm['wall_seconds']:,.0f} s",
+        f"Chaos: {record['output']}",
+    ]
+
+
+def _workers(num: int) -> str:
+    return f"{num:,} worker{'s' * (num != 1)}"
+
+
+def _figure(figure: Record) -> str:
+    return f"{100 * figure['median']:.1f} % ({100 * figure['min']:.1f} to {100 * figure['max']:.1f})"
 
 
 def _rate(seconds: float, images_per_s: float) -> str:

@@ -1,4 +1,4 @@
-"""One of a group of training workers, as a process of its own: `learner_worker.py RANK PORT,PORT,... ARCH OUTPUT`.
+"""One of a group of training workers, as a process of its own: `learner_worker.py RANK PORT,PORT,... OUTPUT`.
 
 Takes a few steps on a fixed set of images, each worker on its share of every batch, and saves what it ended with.
 """
@@ -6,50 +6,84 @@ Takes a few steps on a fixed set of images, each worker on its share of every ba
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-NUM_STEPS, BATCH_SIZE, IMAGE_SIZE = 6, 8, 48
+import numpy as np
+import numpy.typing as npt
+
+ARCHS = ("plain", "resnet")
+NUM_STEPS, BATCH_SIZE, IMAGE_SIZE, CROP_SIZE = 6, 9, 48, 40
+
+Arrays = dict[str, npt.NDArray[Any]]
 
 
-def main(rank: int, ports: list[str], arch: str, output: Path) -> None:
-    num_workers = len(ports)
-    addresses = [f"127.0.0.1:{port}" for port in ports]
-    os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}})
-    import numpy as np
+def register_plain() -> None:
+    """An architecture whose images do not meet within a batch, so that its gradients do not depend on the workers."""
     from keras import layers
 
-    from catdog import architectures
-    from catdog.config import TrainConfig
-    from catdog.training.step import Learner
+    from catdog.architectures import ARCHITECTURES, Architecture
 
-    def plain_features(x: layers.Layer) -> layers.Layer:
+    def features(x: Any) -> Any:
         x = layers.Conv2D(8, 3, strides=2, activation="tanh")(x)
-        return layers.Dense(16, activation="tanh")(layers.Flatten()(layers.MaxPooling2D()(x)))
+        return layers.Dense(16, activation="tanh")(layers.GlobalAveragePooling2D()(layers.MaxPooling2D()(x)))
 
-    recipe = architectures.architecture("cnn").recipe
-    architectures.ARCHITECTURES["plain"] = architectures.Architecture("plain", plain_features, True, recipe)
-    config = TrainConfig(data="unused", output="unused", arch=arch, augment=False, learning_rate=1e-3)
-    learner = Learner(config, num_steps=NUM_STEPS, image_size=IMAGE_SIZE, precision="float32")
+    recipe = replace(ARCHITECTURES["resnet"].recipe, cutmix_area=0.0, learning_rate=1e-3)
+    ARCHITECTURES["plain"] = Architecture("plain", features, fixed_size=False, recipe=recipe)
+
+
+def steps(arch: str, rank: int, num_workers: int) -> Arrays:
+    """What a worker has after its steps: losses, the model before and after its statistics are averaged, the average.
+
+    The batch is odd: two workers have unequal shares.
+    """
+    from catdog.config import TrainConfig
+    from catdog.training.feed import Share
+    from catdog.training.step import Learner
+    from catdog.training.trainer import resolve
+
+    config = resolve(
+        TrainConfig(data="-", output="-", arch=arch, batch_size=BATCH_SIZE, image_size=IMAGE_SIZE, epochs=1)
+    )
+    share = Share(rank=rank, num_workers=num_workers, batch_size=BATCH_SIZE)
+    learner = Learner(config, share, steps_per_epoch=NUM_STEPS, precision="float32")
 
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, (NUM_STEPS, BATCH_SIZE)).astype(np.int8)
     levels = 60 + 90 * labels[..., None, None, None]
     images = (levels + rng.integers(0, 60, (NUM_STEPS, BATCH_SIZE, IMAGE_SIZE, IMAGE_SIZE, 3))).astype(np.uint8)
-    losses = []
-    for step in range(NUM_STEPS):
-        totals = learner.train_step(images[step, rank::num_workers], labels[step, rank::num_workers], seed=(0, step))
-        losses.append(learner.sum_over_workers(np.asarray(totals)))
-    before = learner.state()["model"]
+    ours = slice(share.start, share.stop)
+    totals = [
+        learner.sum_over_workers(
+            learner.train_step(images[step, ours], labels[step, ours], step=step, crop_size=CROP_SIZE)
+        )
+        for step in range(NUM_STEPS)
+    ]
+    before = learner.state()
     learner.average_moving_statistics()
-    after = learner.state()["model"]
-    np.savez(
-        output,
-        losses=losses,
-        **{f"before-{i}": a for i, a in enumerate(before)},
-        **{f"after-{i}": a for i, a in enumerate(after)},
-    )
+    after = learner.state()
+    logits = learner.logits(images[0])
     learner.sum_over_workers([0.0])  # Leave together: the first one serves the others.
+    return {
+        "totals": np.array(totals),
+        "logits": logits,
+        **{f"before-{i}": array for i, array in enumerate(before["model"])},
+        **{f"after-{name}-{i}": array for name in ("model", "average") for i, array in enumerate(after[name])},
+    }
+
+
+def main(rank: int, ports: list[str], output: Path) -> None:
+    addresses = [f"127.0.0.1:{port}" for port in ports]
+    os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}})
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    register_plain()
+    found = {f"{arch}/{name}": array for arch in ARCHS for name, array in steps(arch, rank, len(ports)).items()}
+    np.savez(output, **found)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2].split(","), sys.argv[3], Path(sys.argv[4]))
+    main(int(sys.argv[1]), sys.argv[2].split(","), Path(sys.argv[3]))

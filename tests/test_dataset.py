@@ -17,7 +17,7 @@ from PIL import Image
 
 from catdog import images, storage
 from catdog.config import PrepareConfig
-from catdog.dataset import catalog, check_shards, grouping, iter_split, labels, load_info, prepare, scan, split_parts
+from catdog.dataset import catalog, check_shards, grouping, iter_split, labels, load_info, prepare, reading, scan
 from catdog.dataset.split import split_of
 from catdog.errors import DatasetError, OutputRefusedError, UsageError
 from catdog.schema import CLASS_NAMES, DATASET_SCHEMA, SPLITS
@@ -264,14 +264,29 @@ def test_reading(dataset: Path) -> None:
     info = load_info(str(dataset))
     assert dataclasses.replace(info, raw={}).mean == (1.0, 2.0, 3.0)
     assert info.num_images("train") == 3
-    assert [Path(part).name for part in split_parts(str(dataset), "train")] == [
-        "part-00000.parquet",
-        "part-00001.parquet",
-    ]
+    shards = [(Path(path).name, num_rows) for path, num_rows in reading.shards(info, "train")]
+    assert shards == [("part-00000.parquet", 2), ("part-00001.parquet", 1)]
     batches = list(iter_split(str(dataset), "train", columns=["label"], batch_size=1))
     assert [batch.to_pydict() for batch in batches] == [{"label": [0]}, {"label": [1]}, {"label": [0]}]
     assert list(iter_split(info, "val")) == []
     check_shards(str(dataset))
+
+
+@pytest.mark.parametrize("row_group_rows", [1, 3, 4, 100])
+def test_rows_are_read_from_the_row_groups_that_hold_them(tmp_path: Path, row_group_rows: int) -> None:
+    num_rows = 10
+    rows = [
+        {"image_id": "", "uri": f"/{i}", "label": 0, "image": b"x", "width": 1, "height": 1} for i in range(num_rows)
+    ]
+    path = str(tmp_path / "part.parquet")
+    storage.publish_parquet(path, pa.Table.from_pylist(rows, schema=DATASET_SCHEMA), row_group_rows=row_group_rows)
+    assert pq.ParquetFile(path).num_row_groups == -(-num_rows // row_group_rows)
+    for start in range(num_rows):
+        for stop in range(start, num_rows + 1):
+            table = reading.read_rows(path, num_rows, start, stop, ["uri"])
+            assert table.to_pydict() == {"uri": [f"/{i}" for i in range(start, stop)]}
+    with pytest.raises(DatasetError, match=r"must tell a shard's rows, 11\. Received: .*part\.parquet with 10"):
+        reading.read_rows(path, num_rows + 1, 0, 1, ["uri"])
 
 
 @pytest.mark.parametrize(

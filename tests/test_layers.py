@@ -17,6 +17,7 @@ LAYERS = [
     {"storage"},
     {"images"},
     {"metrics"},
+    {"calibration"},
     {"report"},
     {"architectures"},
     {"augment"},
@@ -25,6 +26,7 @@ LAYERS = [
     {"dataset", "training", "inference", "serving"},
     {"tuning"},
     {"evaluation"},
+    {"bench"},
     {"drawings"},
     {"demo"},
     {"summaries", "streams"},
@@ -40,7 +42,7 @@ OWNERS = {
     "fsspec": {"storage"},
     "imagehash": {"dataset"},
     "jinja2": {"report"},
-    "keras": {"architectures", "bundle", "training"},
+    "keras": {"architectures", "bench", "bundle", "training"},
     "matplotlib": {"report"},
     "openvino": {"engines"},
     "PIL": {"images", "report", "dataset", "drawings"},  # all but `images` only draw: see below
@@ -50,7 +52,7 @@ OWNERS = {
     "ray.train": {"training", "tuning"},
     "ray.tune": {"tuning"},
     "s3fs": {"storage"},
-    "tensorflow": {"augment", "engines", "training"},
+    "tensorflow": {"architectures", "augment", "bench", "engines", "training"},
     "tyro": {"cli"},
 }
 

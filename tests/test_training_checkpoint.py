@@ -1,26 +1,30 @@
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from catdog.errors import StorageError, TrainingError
 from catdog.training import checkpoint
 from catdog.training.checkpoint import Checkpoint
 
 
-def state_after(epoch: int) -> Checkpoint:
-    rng = np.random.default_rng(epoch)
+def state_after(step: int) -> Checkpoint:
+    rng = np.random.default_rng(step)
     arrays = {
-        "model": [rng.normal(size=(3, 4)).astype(np.float32), np.arange(epoch)],
-        "optimizer": [np.asarray(epoch, np.int64)] + [rng.normal(size=2) for _ in range(11)],
-        "best": [rng.normal(size=(3, 4))],
+        "model": [rng.normal(size=(3, 4)).astype(np.float32), np.arange(step), np.array([1, 2], np.uint32)],
+        "optimizer": [np.asarray(step, np.int64)] + [rng.normal(size=2) for _ in range(11)],
+        "average": [rng.normal(size=(3, 4))],
     }
-    history = [{"epoch": float(done + 1), "val_loss": 1 / (done + 1)} for done in range(epoch)]
-    return Checkpoint(epoch=epoch, history=history, arrays=arrays)
+    history = [{"epoch": float(done + 1), "val_loss": 1 / (done + 1)} for done in range(step // 100)]
+    return Checkpoint(step=step, history=history, sums={"loss": step / 3, "correct": 7.0}, arrays=arrays)
 
 
 def assert_same(one: Checkpoint | None, other: Checkpoint) -> None:
     assert one is not None
-    assert (one.epoch, one.history) == (other.epoch, other.history)
+    assert (one.step, one.history, one.sums) == (other.step, other.history, other.sums)
     assert one.arrays.keys() == other.arrays.keys()
     for name, arrays in other.arrays.items():
         for found, expected in zip(one.arrays[name], arrays, strict=True):
@@ -30,8 +34,8 @@ def assert_same(one: Checkpoint | None, other: Checkpoint) -> None:
 
 @pytest.fixture
 def output(tmp_path: Path) -> str:
-    for epoch in (1, 2, 3):
-        checkpoint.save(str(tmp_path), state_after(epoch))
+    for step in (90, 100, 250):
+        checkpoint.save(str(tmp_path), state_after(step))
     return str(tmp_path)
 
 
@@ -40,24 +44,46 @@ def files(output: str) -> list[Path]:
 
 
 def test_the_newest_is_loaded_as_it_was_saved(output: str) -> None:
-    assert_same(checkpoint.load_latest(output), state_after(3))
-    assert_same(checkpoint.load(output, 2), state_after(2))
+    assert_same(checkpoint.load_latest(output), state_after(250))
+    assert_same(checkpoint.load(output, 100), state_after(100))
+    assert checkpoint.latest_step(output) == 250
 
 
 def test_older_ones_are_pruned(output: str) -> None:
-    assert [path.name[:10] for path in files(output)] == ["epoch-0002", "epoch-0003"]
+    assert [path.name[:13] for path in files(output)] == ["step-00000100", "step-00000250"]
+    with pytest.raises(TrainingError, match=r"^every worker must find the checkpoint .* Received: no step 90$"):
+        checkpoint.load(output, 90)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: data[:-9] + b"x" + data[-8:]])
-def test_a_damaged_one_falls_back_to_the_one_before(output: str, damage: object) -> None:
+def test_a_damaged_one_falls_back_to_the_one_before(output: str, damage: Any) -> None:
     newest = files(output)[-1]
-    assert callable(damage)
     newest.write_bytes(damage(newest.read_bytes()))
-    assert_same(checkpoint.load_latest(output), state_after(2))
+    assert_same(checkpoint.load_latest(output), state_after(100))
+
+
+def test_one_that_cannot_be_written_leaves_the_others(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = files(output)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match=r"step-00000300-\w{16}\.npz.*: No space left on device$"):
+            checkpoint.save(output, state_after(300))
+    assert files(output) == before
+    assert_same(checkpoint.load_latest(output), state_after(250))
+
+
+def test_names_sort_by_step_however_many_digits(tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000):
+        checkpoint.save(str(tmp_path), Checkpoint(step=step, history=[], sums={}, arrays={}))
+    assert checkpoint.latest_step(str(tmp_path)) == 100_000_000
 
 
 def test_without_any_training_starts_afresh(tmp_path: Path) -> None:
     assert checkpoint.load_latest(str(tmp_path)) is None
+    assert checkpoint.latest_step(str(tmp_path)) == -1
 
 
 def test_a_finished_training_leaves_none(output: str) -> None:

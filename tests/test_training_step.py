@@ -3,16 +3,29 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import keras
+import learner_worker
 import numpy as np
 import numpy.typing as npt
 import pytest
+from keras import layers
+from learner_worker import Arrays
 
-from catdog.training.step import resolve_precision
+from catdog import architectures
+from catdog.architectures import ARCHITECTURES, Architecture
+from catdog.architectures.backbones import Backbone, KerasWeights
+from catdog.config import TrainConfig
+from catdog.training.feed import Share
+from catdog.training.step import Learner, resolve_precision
+from catdog.training.trainer import resolve
 
-WORKER = Path(__file__).with_name("learner_worker.py")
-Arrays = dict[str, npt.NDArray[np.float64]]
+WORKER = Path(learner_worker.__file__)
+SIZE, BATCH_SIZE, STEPS_PER_EPOCH = 32, 8, 4
 
 
 def free_ports(num: int) -> list[str]:
@@ -24,48 +37,52 @@ def free_ports(num: int) -> list[str]:
         return [str(each.getsockname()[1]) for each in sockets]
 
 
-def run_group(num_workers: int, arch: str, directory: Path) -> list[Arrays]:
-    """What each worker of a group ended with."""
-    ports = ",".join(free_ports(num_workers))
-    outputs = [directory / f"{arch}-{num_workers}-{rank}.npz" for rank in range(num_workers)]
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Arrays]:
+    """What each of two workers ended with, of every architecture: `plain/after-model-0`."""
+    directory = tmp_path_factory.mktemp("pair")
+    ports = ",".join(free_ports(2))
+    outputs = [directory / f"{rank}.npz" for rank in range(2)]
     workers = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), ports, arch, str(output)],
-            env=environment,
+            [sys.executable, str(WORKER), str(rank), ports, str(output)],
+            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank, output in enumerate(outputs)
     ]
-    errors = [worker.communicate(timeout=240)[1] for worker in workers]
+    errors = [worker.communicate(timeout=500)[1] for worker in workers]
     for worker, error in zip(workers, errors, strict=True):
         assert worker.returncode == 0, error
     return [dict(np.load(output)) for output in outputs]
 
 
-def test_two_workers_compute_what_one_computes(tmp_path: Path) -> None:
-    (alone,) = run_group(1, "plain", tmp_path)
-    pair = run_group(2, "plain", tmp_path)
+def test_two_workers_compute_what_one_computes(pair: list[Arrays], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "plain", ARCHITECTURES["cnn"])  # goes again, with what takes its place
+    learner_worker.register_plain()
+    alone = learner_worker.steps("plain", 0, 1)
     for worker in pair:
-        assert worker.keys() == alone.keys()
         for name, array in alone.items():
-            np.testing.assert_allclose(worker[name], array, rtol=1e-4, atol=5e-5, err_msg=name)
-    first, last = alone["losses"][0, 0], alone["losses"][-1, 0]
-    assert last < first
+            np.testing.assert_allclose(worker[f"plain/{name}"], array, rtol=1e-4, atol=5e-5, err_msg=name)
+    assert alone["totals"][-1, 0] < alone["totals"][0, 0]
 
 
-def test_with_batch_normalization_all_workers_end_with_the_same_model(tmp_path: Path) -> None:
-    one, other = run_group(2, "resnet", tmp_path)
-    names = [name for name in one if name.startswith("after-")]
-    for name in names:
+def test_with_batch_normalization_all_workers_end_with_the_same_model(pair: list[Arrays]) -> None:
+    one, other = pair
+    after = [name for name in one if name.startswith("resnet/after-")]
+    for name in [*after, "resnet/totals", "resnet/logits"]:
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
-    drifted = [name for name in names if not np.array_equal(one[f"before-{name[6:]}"], other[f"before-{name[6:]}"])]
+    before = [name for name in one if name.startswith("resnet/before-")]
+    drifted = [name for name in before if not np.array_equal(one[name], other[name])]
     assert drifted, "the moving statistics of workers that saw different images must have differed before"
+    for name in drifted:
+        mean = one[name.replace("before", "after-model")]
+        np.testing.assert_allclose(mean, (one[name] + other[name]) / 2, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_a_precision_that_is_asked_for_is_taken(precision: str) -> None:
+def test_a_precision_that_is_asked_for_is_taken(precision: Any) -> None:
     assert resolve_precision(precision) == precision
 
 
@@ -73,3 +90,158 @@ def test_auto_precision_follows_the_hardware() -> None:
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     expected = "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
     assert resolve_precision("auto") == expected
+
+
+# One worker, in this process.
+
+
+def tiny_network() -> keras.Model:
+    pixels = keras.Input((None, None, 3))
+    x = layers.Conv2D(4, 3, strides=2, use_bias=False)(pixels)
+    x = layers.BatchNormalization()(x)
+    return keras.Model(pixels, layers.Dropout(0.5)(layers.ReLU()(x)))
+
+
+def tiny_features(x: Any) -> Any:
+    x = layers.BatchNormalization()(layers.Conv2D(4, 3, strides=2)(x))
+    return layers.Dropout(0.3)(layers.GlobalAveragePooling2D()(layers.ReLU()(x)))
+
+
+@pytest.fixture(autouse=True)
+def tiny_architectures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`tiny`, with normalization, dropout and cutmix, and `tiny_backbone`, that stands for published networks."""
+    weights = KerasWeights(path="nowhere", digest=None)
+    backbone = Backbone(build=tiny_network, mean_rgb=(127.0,) * 3, std_rgb=(128.0,) * 3, weights=weights)
+    recipe = replace(ARCHITECTURES["efficientnet_lite0"].recipe, epochs=2, learning_rate=0.01)
+    with_backbone = Architecture("tiny_backbone", backbone.features, False, recipe, backbone)
+    monkeypatch.setitem(ARCHITECTURES, "tiny_backbone", with_backbone)
+    recipe = replace(ARCHITECTURES["resnet"].recipe, average_decay=0.3, learning_rate=0.01)
+    monkeypatch.setitem(ARCHITECTURES, "tiny", Architecture("tiny", tiny_features, False, recipe))
+    yield
+    keras.config.set_dtype_policy("float32")
+
+
+def learner_of(arch: str, *, precision: str = "float32", **changes: Any) -> Learner:
+    fields = {"data": "-", "output": "-", "arch": arch, "image_size": SIZE, "batch_size": BATCH_SIZE, "epochs": 2}
+    share = Share(rank=0, num_workers=1, batch_size=BATCH_SIZE)
+    config = resolve(TrainConfig(**(fields | changes)))
+    return Learner(config, share, steps_per_epoch=STEPS_PER_EPOCH, precision=precision)
+
+
+def take_steps(learner: Learner, steps: range, **options: Any) -> list[npt.NDArray[np.float32]]:
+    totals = []
+    for step in steps:
+        rng = np.random.default_rng(step)
+        labels = rng.integers(0, 2, BATCH_SIZE).astype(np.int8)
+        noise = rng.integers(0, 100, (BATCH_SIZE, SIZE, SIZE, 3))
+        images = (noise + 100 * labels[:, None, None, None]).astype(np.uint8)
+        totals.append(np.asarray(learner.train_step(images, labels, step=step, crop_size=SIZE, **options)))
+    return totals
+
+
+def floats(model: keras.Model) -> list[npt.NDArray[np.float32]]:
+    return [variable.numpy() for variable in model.variables if variable.dtype == "float32"]
+
+
+def test_the_average_follows_its_formula() -> None:
+    learner = learner_of("tiny")
+    expected = floats(learner.model)
+    for array, start in zip(floats(learner.average), expected, strict=True):
+        np.testing.assert_array_equal(array, start)
+    for step in range(8):
+        take_steps(learner, range(step, step + 1))
+        done = step + 1
+        decay = min(0.3, (1 + done) / (10 + done))
+        expected = [
+            decay * average + (1 - decay) * weight
+            for average, weight in zip(expected, floats(learner.model), strict=True)
+        ]
+        for array, average in zip(floats(learner.average), expected, strict=True):
+            np.testing.assert_allclose(array, average, rtol=1e-5, atol=1e-6)
+    assert any(not np.allclose(*pair) for pair in zip(expected, floats(learner.model), strict=True))
+    learner.reset_average()
+    for array, weight in zip(floats(learner.average), floats(learner.model), strict=True):
+        np.testing.assert_array_equal(array, weight)
+
+
+def test_logits_are_those_of_the_average_with_both_mirror_images() -> None:
+    learner = learner_of("tiny")
+    take_steps(learner, range(3))
+    images = np.random.default_rng(0).integers(0, 256, (5, SIZE, SIZE, 3)).astype(np.uint8)
+    model = architectures.logits_model(learner.average)
+    both = [np.asarray(model(way.astype(np.float32)))[:, 0] for way in (images, images[:, :, ::-1])]
+    np.testing.assert_allclose(learner.logits(images), np.mean(both, axis=0), rtol=1e-5, atol=1e-6)
+    saved = architectures.exported(learner.average, "tiny")
+    found = np.asarray(architectures.logits_model(saved)(images.astype(np.float32)))[:, 0]
+    np.testing.assert_allclose(found, learner.logits(images), rtol=2e-3, atol=2e-3)  # its kernels are rounded
+
+
+def test_a_head_that_learns_alone_leaves_the_backbone_as_it_was() -> None:
+    learner = learner_of("tiny_backbone", weights="imagenet", head_epochs=1)
+    backbone = architectures.backbone_layer(learner.model)
+    assert backbone is not None
+    head = [variable for variable in learner.model.trainable_variables if variable.path.startswith("logits/")]
+    assert len(head) == 2
+
+    def values(variables: list[Any]) -> list[npt.NDArray[Any]]:
+        return [variable.numpy() for variable in variables]
+
+    before, head_before = values(backbone.variables), values(head)
+    take_steps(learner, range(STEPS_PER_EPOCH), head_only=True)
+    for array, start in zip(values(backbone.variables), before, strict=True):
+        np.testing.assert_array_equal(array, start)
+    averaged = architectures.backbone_layer(learner.average)
+    assert averaged is not None
+    for array, start in zip(values(averaged.weights), values(backbone.weights), strict=True):
+        np.testing.assert_array_equal(array, start)
+    assert all(not np.array_equal(*pair) for pair in zip(values(head), head_before, strict=True))
+    assert learner.learning_rate() == pytest.approx(0.01)  # the second stage's first, all warm-up
+
+    fine = architectures.backbone_variables(learner.model)
+    statistics = [variable for variable in backbone.weights if not any(variable is other for other in fine)]
+    fine_before, statistics_before = values(fine), values(statistics)
+    take_steps(learner, range(STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH))
+    assert all(not np.array_equal(*pair) for pair in zip(values(fine), fine_before, strict=True))
+    for array, start in zip(values(statistics), statistics_before, strict=True):
+        np.testing.assert_array_equal(array, start)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_from_a_saved_state_the_next_steps_are_the_same_bit_for_bit(precision: str) -> None:
+    learner = learner_of("tiny", precision=precision)
+    take_steps(learner, range(3))
+    saved = {name: [array.copy() for array in arrays] for name, arrays in learner.state().items()}
+    totals = take_steps(learner, range(3, 6))
+    ended = learner.state()
+
+    other = learner_of("tiny", precision=precision)
+    other.load_state(saved)
+    np.testing.assert_array_equal(take_steps(other, range(3, 6)), totals)
+    for name, arrays in other.state().items():
+        for array, expected in zip(arrays, ended[name], strict=True):
+            np.testing.assert_array_equal(array, expected, err_msg=name)
+    # A step draws by its number.
+    third = learner_of("tiny", precision=precision)
+    third.load_state(saved)
+    assert not np.array_equal(take_steps(third, range(4, 5)), totals[:1])
+
+
+def test_a_state_of_another_model_is_refused() -> None:
+    learner = learner_of("tiny")
+    state = learner.state()
+    state["model"][0] = state["model"][0][..., :1]
+    with pytest.raises(ValueError, match="shape"):
+        learner.load_state(state)
+
+
+def test_without_augmentation_a_step_sees_the_images_as_they_are() -> None:
+    learner = learner_of("tiny", augment=False, seed=1)
+    images = np.full((BATCH_SIZE, SIZE, SIZE, 3), 90, np.uint8)
+    labels = np.array([0, 1] * (BATCH_SIZE // 2), np.int8)
+    model = architectures.logits_model(learner.model)
+    keras.utils.set_random_seed(5)
+    logits = np.asarray(model(images.astype(np.float32), training=False))[:, 0]
+    assert np.ptp(logits) < 1e-5
+    loss, num_right = np.asarray(learner.train_step(images, labels, step=0, crop_size=SIZE))
+    assert num_right == BATCH_SIZE / 2
+    assert np.isfinite(loss)

@@ -3,9 +3,9 @@
 from typing import Any
 
 from catdog.config import PrepareConfig
-from catdog.dataset.reading import DatasetInfo, check_shards, iter_split, load_info, split_parts
+from catdog.dataset.reading import DatasetInfo, check_shards, iter_split, load_info
 
-__all__ = ["DatasetInfo", "check_shards", "iter_split", "load_info", "prepare", "split_parts"]
+__all__ = ["DatasetInfo", "check_shards", "iter_split", "load_info", "prepare"]
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:

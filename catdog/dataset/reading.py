@@ -95,11 +95,6 @@ def _three(values: Sequence[float]) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def split_parts(url: str, split: str) -> list[str]:
-    """URLs of a split's shards, in order."""
-    return [path for path, _ in shards(load_info(url), split)]
-
-
 def iter_split(
     dataset: str | DatasetInfo, split: str, columns: Sequence[str] | None = None, batch_size: int = 256
 ) -> Iterator[pa.RecordBatch]:
@@ -130,6 +125,24 @@ def iter_shard(
     """The rows of one shard, as `iter_split`."""
     with _open_shard(path, num_rows) as shard:
         yield from shard.iter_batches(batch_size=batch_size, columns=None if columns is None else list(columns))
+
+
+def read_rows(path: str, num_rows: int, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
+    """Rows `start` to `stop` of one shard of `num_rows`; only the row groups that hold them are read.
+
+    Raises:
+        DatasetError: as `iter_split`.
+    """
+    with _open_shard(path, num_rows) as shard:
+        groups: list[int] = []
+        first = seen = 0
+        for group in range(shard.num_row_groups):
+            end = seen + shard.metadata.row_group(group).num_rows
+            if end > start and seen < stop:
+                first = first if groups else seen
+                groups.append(group)
+            seen = end
+        return shard.read_row_groups(groups, columns=list(columns)).slice(start - first, stop - start)
 
 
 def check_shards(url: str) -> None:

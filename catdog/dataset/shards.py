@@ -27,6 +27,9 @@ SHARD_ROWS: Final = 2048
 SHARD_BYTES: Final = 64 * 2**20
 """A shard ends where it has so many images, or reaches so many bytes of them."""
 
+ROW_GROUP_ROWS: Final = 256
+"""What a reader of a part of a shard gets at once: some 10 MB of photographs."""
+
 CHUNK_ROWS: Final = 10 * SHARD_ROWS
 CHUNK_BYTES: Final = 10 * SHARD_BYTES
 """A chunk ends likewise: a split that gets a tenth of the images fills one shard from each."""
@@ -114,6 +117,7 @@ def _distribute(plan: pa.Table, scan_url: str, paths: dict[str, str]) -> None:
 def _write_shard(shard: str, path: str, output_url: str) -> dict[str, Any]:
     with pa.memory_map(path) as file:
         images = pa.ipc.open_stream(file).read_all().sort_by("image_id")
-    storage.publish_parquet(storage.join(output_url, shard), images.select(DATASET_SCHEMA.names).cast(DATASET_SCHEMA))
+    rows = images.select(DATASET_SCHEMA.names).cast(DATASET_SCHEMA)
+    storage.publish_parquet(storage.join(output_url, shard), rows, row_group_rows=ROW_GROUP_ROWS)
     moments = {name: np.mean(images[name].to_pylist(), axis=0).tolist() for name in scan.MOMENT_COLUMNS}
     return {"shard": shard, "num_rows": images.num_rows, **moments}

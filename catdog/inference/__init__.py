@@ -49,7 +49,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
         )
         if counts.to_label:
             job = executors.Job(
-                model=storage.absolute(config.model),
+                model=None if config.model is None else storage.absolute(config.model),
                 model_id=model_id,
                 output=storage.absolute(config.output),
                 run_id=run_id,

@@ -48,7 +48,9 @@ _MAX_WAIT_S: Final = 20.0
 class Job:
     """What a worker must know, wherever it runs."""
 
-    model: str
+    model: str | None
+    """The bundle's URL; None for the one that ships with catdog, wherever it is installed."""
+
     model_id: str
     output: str
     run_id: str
@@ -99,7 +101,7 @@ class Worker:
         """
         model = bundle.load(job.model)
         if model.model_id != job.model_id:
-            raise BundleError(f"{job.model} must not change during a run. Received: another {bundle.CARD_NAME}")
+            raise BundleError(f"{model.url} must not change during a run. Received: another {bundle.CARD_NAME}")
         num_scorers = min(num_workers, num_cores())
         engine = load_engine(model, job.engine, num_threads=num_scorers)
         self._output = job.output

@@ -46,10 +46,10 @@ def publish_json(url: str, obj: Any) -> None:
     publish_bytes(url, (json.dumps(obj, indent=2) + "\n").encode())
 
 
-def publish_parquet(url: str, table: pa.Table) -> None:
-    """Write a Parquet file, as `publish_bytes`."""
+def publish_parquet(url: str, table: pa.Table, *, row_group_rows: int | None = None) -> None:
+    """Write a Parquet file, in row groups of so many rows (default: one), as `publish_bytes`."""
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
+    pq.write_table(table, buffer, compression="zstd", row_group_size=row_group_rows)
     publish_bytes(url, buffer.getvalue())
 
 

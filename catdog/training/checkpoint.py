@@ -1,7 +1,7 @@
 """Training checkpoints: one file each, published atomically, verified on load.
 
-`OUTPUT/_checkpoints/epoch-0007-<digest>.npz` holds the state after seven whole epochs. Its name carries the first 16
-hex digits of its content's SHA-256: a file that was cut short or altered is passed over for the one before it.
+`OUTPUT/_checkpoints/step-00001200-<digest>.npz` holds the state after 1,200 optimizer steps. Its name carries the
+first 16 hex digits of its content's SHA-256: a file that was cut short or altered is passed over for the one before it.
 """
 
 from __future__ import annotations
@@ -26,21 +26,24 @@ DIRECTORY: Final = "_checkpoints"
 NUM_KEPT: Final = 2
 """The newest, and the one before it in case the newest is damaged."""
 
-_NAME: Final = re.compile(r"epoch-(\d{4,})-([0-9a-f]{16})\.npz")
+_NAME: Final = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.npz")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """The state of a training after a whole number of epochs."""
+    """The state of a training after a number of optimizer steps."""
 
-    epoch: int
-    """Epochs done."""
+    step: int
+    """Steps done: with the configuration's seed, also the position in the data and of every random choice."""
 
     history: list[dict[str, float]]
     """A row per epoch done, as in `history.csv`."""
 
+    sums: dict[str, float]
+    """What the chief has added up in an epoch that is not done."""
+
     arrays: dict[str, list[npt.NDArray[Any]]]
-    """`model` and `optimizer` after the last epoch, `best` after the epoch with the lowest validation loss."""
+    """Variables of the model, of the optimizer, and of the running average."""
 
 
 def save(output: str, checkpoint: Checkpoint) -> None:
@@ -50,11 +53,11 @@ def save(output: str, checkpoint: Checkpoint) -> None:
         for group, arrays in checkpoint.arrays.items()
         for index, array in enumerate(arrays)
     }
-    meta = json.dumps({"epoch": checkpoint.epoch, "history": checkpoint.history})
+    meta = json.dumps({"step": checkpoint.step, "history": checkpoint.history, "sums": checkpoint.sums})
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, meta=np.frombuffer(meta.encode(), np.uint8), **named)
     data = buffer.getvalue()
-    name = f"epoch-{checkpoint.epoch:04d}-{hashlib.sha256(data).hexdigest()[:16]}.npz"
+    name = f"step-{checkpoint.step:08d}-{hashlib.sha256(data).hexdigest()[:16]}.npz"
     directory = storage.join(output, DIRECTORY)
     storage.publish_bytes(storage.join(directory, name), data)
     for _, stale in _names(output)[NUM_KEPT:]:
@@ -63,24 +66,29 @@ def save(output: str, checkpoint: Checkpoint) -> None:
 
 def load_latest(output: str) -> Checkpoint | None:
     """The newest checkpoint that is whole, or None."""
-    for epoch, name in _names(output):
+    for step, name in _names(output):
         checkpoint = _load(storage.join(output, DIRECTORY, name))
         if checkpoint is not None:
             return checkpoint
-        logger.warning("The checkpoint of epoch %d is damaged; taking the one before it", epoch)
+        logger.warning("The checkpoint of step %d is damaged; taking the one before it", step)
     return None
 
 
-def load(output: str, epoch: int) -> Checkpoint:
-    """The checkpoint of one epoch.
+def latest_step(output: str) -> int:
+    """The step of the newest checkpoint, unread; -1 where there is none."""
+    return max((step for step, _ in _names(output)), default=-1)
+
+
+def load(output: str, step: int) -> Checkpoint:
+    """The checkpoint of one step.
 
     Raises:
         TrainingError: it is gone or damaged.
     """
     for found, name in _names(output):
-        if found == epoch and (checkpoint := _load(storage.join(output, DIRECTORY, name))) is not None:
+        if found == step and (checkpoint := _load(storage.join(output, DIRECTORY, name))) is not None:
             return checkpoint
-    raise TrainingError(f"every worker must find the checkpoint that the first one chose. Received: no epoch {epoch}")
+    raise TrainingError(f"every worker must find the checkpoint that the first one chose. Received: no step {step}")
 
 
 def delete_all(output: str) -> None:
@@ -89,7 +97,7 @@ def delete_all(output: str) -> None:
 
 
 def _names(output: str) -> list[tuple[int, str]]:
-    """(epoch, file name), newest first."""
+    """(step, file name), newest first."""
     matches = (_NAME.fullmatch(name) for name in storage.list_names(storage.join(output, DIRECTORY)))
     return sorted(((int(match[1]), match[0]) for match in matches if match), reverse=True)
 
@@ -106,4 +114,4 @@ def _load(url: str) -> Checkpoint | None:
         for name in sorted(archive.files):
             if name != "meta":
                 arrays.setdefault(name.rsplit("-", 1)[0], []).append(archive[name])
-    return Checkpoint(epoch=meta["epoch"], history=meta["history"], arrays=arrays)
+    return Checkpoint(step=meta["step"], history=meta["history"], sums=meta["sums"], arrays=arrays)

@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import logging
 import math
 import os
-import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
+import ray
 import ray.train
 
-from catdog import bundle, report, storage
+from catdog import architectures, bundle, calibration, metrics, report
 from catdog.config import TrainConfig, to_dict
 from catdog.errors import TrainingError
-from catdog.training import checkpoint
+from catdog.training import checkpoint, schedule
 from catdog.training.checkpoint import Checkpoint
-from catdog.training.feed import Feed
+from catdog.training.feed import Feed, Share, Source
+from catdog.training.progress import Teller, Tick
+from catdog.training.recorder import Recorder, Row, history_files
+from catdog.training.schedule import resolved
 from catdog.training.step import Learner, resolve_precision
 
 logger = logging.getLogger(__name__)
 
-HISTORY_NAME: Final = "history.csv"
-CURVES_NAME: Final = "curves.png"
-TENSORBOARD_DIRECTORY: Final = "tensorboard"
+RELIABILITY_NAME: Final = "reliability.png"
 
-REVIEW_THRESHOLD: Final = 0.9
-"""Confidence below which a person should look: calls out a few percent of ordinary pictures."""
+EPOCH_SUMS: Final = ("loss", "correct", "input_s", "compute_s", "checkpoint_s")
+"""What an epoch adds up, step by step, on every worker."""
 
-History = list[dict[str, float]]
+
+_ELSEWHERE: Final = ("data", "output", "ray_address")
+"""Fields that say where, not what: a card travels, and holds the data's digest."""
+
+STAGES: Final = ("input_s", "compute_s", "checkpoint_s", "validation_s")
+"""What a training's seconds go to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,191 +50,249 @@ class Plan:
     """With no field left to the recipe."""
 
     steps_per_epoch: int
-    in_memory: bool
+    train: Source
+    val: Source
+    weights: ray.ObjectRef[Any] | None
+    """The file of the backbone's pretrained weights."""
+
     card: dict[str, Any]
     """What the bundle's card says of data, configuration and versions."""
 
     progress: Any
-    """A `ray.util.queue.Queue` that takes a row of the history per epoch, or the `TrainingError` that ended them."""
-
-
-def resolved(value: int | None) -> int:
-    """A field that the driver has filled from the recipe."""
-    if value is None:
-        raise ValueError("the plan's configuration must have no field left to the recipe")
-    return value
+    """The queue of a `Teller`."""
 
 
 def train_loop(settings: dict[str, Any]) -> None:
     """Train to the end of the plan, as one of a group of workers. `settings["plan"]` is a `Plan`."""
     plan: Plan = settings["plan"]
-    config = plan.config
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf
 
-    tf.config.threading.set_intra_op_parallelism_threads(config.cpus_per_worker)
-    tf.config.threading.set_inter_op_parallelism_threads(config.cpus_per_worker)
-    learner = Learner(
-        config,
-        num_steps=resolved(config.epochs) * plan.steps_per_epoch,
-        image_size=resolved(config.image_size),
-        precision=resolve_precision(config.precision),
-    )
-    is_chief = ray.train.get_context().get_world_rank() == 0
-    with contextlib.ExitStack() as stack:
-        recorder = stack.enter_context(Recorder(config.output)) if is_chief else None
-        try:
-            history, best_weights = _fit(plan, learner, recorder)
-        except TrainingError as error:
-            # Every worker comes to the same conclusion, and would again: a failure would have Ray Train start anew.
-            if is_chief:
-                plan.progress.put(error)
-            return
-    learner.load_state({"model": best_weights, "optimizer": learner.state()["optimizer"]})
-    if recorder is not None:
-        _save_bundle(plan, learner, history)
-    ray.train.report({"epochs_done": len(history)})
-
-
-def _fit(plan: Plan, learner: Learner, recorder: Recorder | None) -> tuple[History, list[Any]]:
-    """Train epoch by epoch, from the last checkpoint on. Returns the history and the best epoch's weights."""
-    config = plan.config
-    train_feed = Feed(ray.train.get_dataset_shard("train"), plan.in_memory)
-    val_feed = Feed(ray.train.get_dataset_shard("val"), plan.in_memory)
-    # All workers go on from the checkpoint that the chief chose, whatever a worker that is still dying publishes.
-    latest = checkpoint.load_latest(config.output) if recorder is not None else None
-    epoch = int(learner.sum_over_workers(latest.epoch if latest is not None else 0))
-    history: History = []
-    best_weights = learner.state()["model"]
-    if epoch:
-        latest = latest or checkpoint.load(config.output, epoch)
-        learner.load_state(latest.arrays)
-        history, best_weights = latest.history, latest.arrays["best"]
-
-    while epoch < resolved(config.epochs) and epoch - best_epoch(history) < config.patience:
-        started = time.monotonic()
-        row = {"epoch": float(epoch + 1)}
-        row |= _train_epoch(plan, learner, train_feed, epoch)
-        row |= _validate(plan, learner, val_feed)
-        row |= {"learning_rate": learner.learning_rate(), "seconds": time.monotonic() - started}
-        history.append(row)
-        epoch += 1
-        if best_epoch(history) == epoch:
-            best_weights = learner.state()["model"]
-        if recorder is not None:
-            arrays = learner.state() | {"best": best_weights}
-            checkpoint.save(config.output, Checkpoint(epoch=epoch, history=history, arrays=arrays))
-            recorder.record(history)
-            plan.progress.put(row)
-        ray.train.report(row)
-    return history, best_weights
-
-
-def best_epoch(history: History) -> int:
-    """The epoch, from 1, with the lowest validation loss; 0 before the first."""
-    return int(min(history, key=lambda row: row["val_loss"])["epoch"]) if history else 0
-
-
-def _train_epoch(plan: Plan, learner: Learner, feed: Feed, epoch: int) -> dict[str, float]:
-    config = plan.config
+    tf.config.threading.set_intra_op_parallelism_threads(plan.config.cpus_per_worker)
+    tf.config.threading.set_inter_op_parallelism_threads(plan.config.cpus_per_worker)
     context = ray.train.get_context()
-    rank, num_workers = context.get_world_rank(), context.get_world_size()
-    batch_size = resolved(config.batch_size) // num_workers
-    batches = feed.train_batches(
-        num_batches=plan.steps_per_epoch,
-        batch_size=batch_size,
-        shuffle_seed=(config.seed, epoch, rank) if config.shuffle else None,
+    rank = context.get_world_rank()
+    share = Share(rank=rank, num_workers=context.get_world_size(), batch_size=resolved(plan.config.batch_size))
+    # First of all: TensorFlow joins the group before it runs anything.
+    learner = Learner(
+        plan.config,
+        share,
+        steps_per_epoch=plan.steps_per_epoch,
+        precision=resolve_precision(plan.config.precision),
     )
-    totals = np.zeros(2)
-    for step, (images_BSSC, labels_B) in enumerate(batches, start=epoch * plan.steps_per_epoch):
-        seed = (config.seed, step * num_workers + rank)
-        totals += np.asarray(learner.train_step(images_BSSC, labels_B, seed=seed))
-    learner.average_moving_statistics()
-    loss_sum, num_correct = learner.sum_over_workers(totals)
-    num_images = plan.steps_per_epoch * batch_size * num_workers
-    loss = loss_sum / num_images
-    if not math.isfinite(loss):
-        raise TrainingError(
-            "the training loss must stay finite; a lower --learning-rate may help. "
-            f"Received: loss={loss} in epoch {epoch + 1}"
+    with contextlib.ExitStack() as stack:
+        recorder = stack.enter_context(Recorder(plan.config.output)) if rank == 0 else None
+        # What one worker raises ends them all: Ray Train does not leave the others to wait for it in a collective.
+        _Worker(plan, share, learner, recorder).run()
+
+
+class _Worker:
+    """One worker's way through the plan. All workers are at the same step at all times."""
+
+    def __init__(self, plan: Plan, share: Share, learner: Learner, recorder: Recorder | None) -> None:
+        self._plan, self._config = plan, plan.config
+        self._share, self._learner = share, learner
+        self._recorder = recorder
+        """Open in the chief, the group's first worker, alone: it is who writes."""
+        self._teller = Teller(plan.progress)
+        self._train_feed, self._val_feed = Feed(plan.train, share), Feed(plan.val, share)
+        self._history: list[Row] = []
+        self._sums = dict.fromkeys(EPOCH_SUMS, 0.0)
+        self._verdict: _Validation | None = None
+
+    def run(self) -> None:
+        """From the last checkpoint to the saved bundle."""
+        step = self._restore()
+        for epoch in range(step // self._plan.steps_per_epoch, resolved(self._config.epochs)):
+            self._train_epoch(epoch, first_step=step % self._plan.steps_per_epoch)
+            step = (epoch + 1) * self._plan.steps_per_epoch
+            row = self._finish_epoch(epoch)
+            self._save_checkpoint(step, self._sums)
+            if self._recorder is not None:
+                self._recorder.record(self._history)
+                self._teller.tell(row)
+            ray.train.report(row)
+        validation = self._verdict or self._validate()
+        if self._recorder is not None:
+            self._save_bundle(validation)
+        ray.train.report({"epochs_done": len(self._history)})
+
+    def _restore(self) -> int:
+        """Take over the last checkpoint, the chief's choice; without one, the pretrained weights. Steps done so far."""
+        learner, output = self._learner, self._config.output
+        latest = checkpoint.load_latest(output) if self._recorder is not None else None
+        if latest is None and self._recorder is not None and self._plan.weights is not None:
+            architectures.load_weights(learner.model, self._config.arch, ray.get(self._plan.weights))
+            learner.reset_average()
+            latest = Checkpoint(step=0, history=[], sums=self._sums, arrays=learner.state())
+            checkpoint.save(output, latest)
+        # All workers go on from what the chief found, whatever a worker that is still dying publishes.
+        step = int(learner.sum_over_workers(latest.step if latest is not None else -1 if self._recorder else 0))
+        if step < 0:
+            return 0
+        latest = latest or checkpoint.load(output, step)
+        learner.load_state(latest.arrays)
+        self._history = latest.history
+        self._sums = {name: value / self._share.num_workers for name, value in latest.sums.items()}
+        return step
+
+    def _train_epoch(self, epoch: int, first_step: int) -> None:
+        plan, config, learner, sums = self._plan, self._config, self._learner, self._sums
+        num_epochs = resolved(config.epochs)
+        recipe = architectures.architecture(config.arch).recipe
+        crop_size = schedule.crop_size(recipe.crop_scales, resolved(config.image_size), epoch, num_epochs)
+        head_only = epoch < resolved(config.head_epochs)
+        steps = range(first_step, plan.steps_per_epoch)
+        batches = self._train_feed.train_batches(seed=config.seed if config.shuffle else None, epoch=epoch, steps=steps)
+        with contextlib.closing(batches):
+            for step in steps:
+                with _timed(sums, "input_s"):
+                    images_BSSC, labels_B = next(batches)
+                with _timed(sums, "compute_s"):
+                    position = epoch * plan.steps_per_epoch + step
+                    loss, num_correct = learner.train_step(
+                        images_BSSC, labels_B, step=position, crop_size=crop_size, head_only=head_only
+                    ).numpy()
+                sums["loss"] += float(loss)
+                sums["correct"] += float(num_correct)
+                done = step + 1
+                if done % config.checkpoint_steps == 0 and done < plan.steps_per_epoch:
+                    totals = self._totals(epoch)
+                    learner.average_moving_statistics()
+                    self._save_checkpoint(position + 1, totals)
+                if self._recorder is not None and self._teller.is_due():
+                    self._tell(epoch, done)
+        learner.average_moving_statistics()
+
+    def _tell(self, epoch: int, done: int) -> None:
+        plan, share, sums = self._plan, self._share, self._sums
+        seconds_per_step = (sums["input_s"] + sums["compute_s"]) / done
+        num_epochs = resolved(self._config.epochs)
+        last_epoch = self._history[-1] if self._history else {}
+        around_s = last_epoch.get("validation_s", 0.0) + last_epoch.get("checkpoint_s", 0.0)
+        steps_left = (num_epochs - epoch) * plan.steps_per_epoch - done
+        tick = Tick(
+            epoch=epoch + 1,
+            num_epochs=num_epochs,
+            step=done,
+            steps_per_epoch=plan.steps_per_epoch,
+            loss=sums["loss"] / (done * (share.stop - share.start)),
+            images_per_s=share.batch_size / seconds_per_step,
+            eta_s=steps_left * seconds_per_step + (num_epochs - epoch) * around_s,
         )
-    return {"train_loss": float(loss), "train_accuracy": float(num_correct / num_images)}
+        self._teller.tell(tick)
+        if self._recorder is not None:
+            values = {"train/loss": tick.loss, "train/images_per_s": tick.images_per_s}
+            self._recorder.scalars(values, step=epoch * plan.steps_per_epoch + done)
+
+    def _finish_epoch(self, epoch: int) -> Row:
+        """The epoch's row of the history: sums over its images, and the mean of the workers' seconds."""
+        started = time.monotonic()
+        totals = self._totals(epoch)
+        self._sums = dict.fromkeys(EPOCH_SUMS, 0.0)
+        num_images = self._plan.steps_per_epoch * self._share.batch_size
+        seconds = {name: totals[name] / self._share.num_workers for name in EPOCH_SUMS if name.endswith("_s")}
+        self._verdict = self._validate()
+        self._check_finite(epoch, self._verdict.loss)
+        seconds["validation_s"] = time.monotonic() - started
+        row = {
+            "epoch": float(epoch + 1),
+            "train_loss": totals["loss"] / num_images,
+            "train_accuracy": totals["correct"] / num_images,
+            "val_loss": self._verdict.loss,
+            "val_accuracy": self._verdict.accuracy,
+            "learning_rate": self._learner.learning_rate(),
+            "images_per_s": num_images / (seconds["input_s"] + seconds["compute_s"]),
+            **seconds,
+            "seconds": sum(seconds.values()),
+        }
+        self._history.append(row)
+        return row
+
+    def _totals(self, epoch: int) -> dict[str, float]:
+        """The epoch's sums so far, over all workers."""
+        totals = self._learner.sum_over_workers([self._sums[name] for name in EPOCH_SUMS])
+        self._check_finite(epoch, float(totals[0]))
+        return dict(zip(EPOCH_SUMS, totals.tolist(), strict=True))
+
+    def _check_finite(self, epoch: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise TrainingError(
+                "the loss must stay finite; a lower --learning-rate may help. The last good checkpoint is kept. "
+                f"Received: loss={loss} in epoch {epoch + 1}"
+            )
+
+    def _validate(self) -> _Validation:
+        """Labels and logits of the whole validation split, each image once, the same on every worker."""
+        size = resolved(self._config.batch_size)
+        values = np.zeros((2, self._plan.val.num_images))
+        for start, images_BSSC, labels_B in self._val_feed.all_batches(size):
+            values[:, start : start + len(labels_B)] = labels_B, self._learner.logits(images_BSSC)
+        labels_N, logits_N = self._learner.sum_over_workers(values)
+        return _Validation(labels_N.astype(np.int64), logits_N)
+
+    def _save_checkpoint(self, step: int, totals: dict[str, float]) -> None:
+        """The chief alone saves; the state is the same everywhere."""
+        started = time.monotonic()
+        arrays = self._learner.state()
+        if not all(np.isfinite(array).all() for group in arrays.values() for array in group):
+            self._check_finite((step - 1) // self._plan.steps_per_epoch, math.nan)
+        if self._recorder is None:
+            return
+        state = Checkpoint(step=step, history=self._history, sums=totals, arrays=arrays)
+        checkpoint.save(self._config.output, state)
+        self._sums["checkpoint_s"] += (time.monotonic() - started) * self._share.num_workers  # the others wait
+
+    def _save_bundle(self, validation: _Validation) -> None:
+        config, history = self._config, self._history
+        last = history[-1]
+        calibrated = calibration.fit(validation.labels_N, validation.logits_N, review_precision=config.review_precision)
+        after_N = 1 / (1 + np.exp(-validation.logits_N / calibrated.temperature))
+        model = architectures.exported(self._learner.average, config.arch)
+        card = {
+            "arch": config.arch,
+            "image_size": config.image_size,
+            "temperature": calibrated.temperature,
+            "review_threshold": calibrated.review_threshold,
+            "metrics": {name: last[name] for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy")},
+            "validation": metrics.classification_metrics(validation.labels_N, after_N),
+            "calibration": calibrated.report,
+            "epochs_trained": len(history),
+            "training_seconds": round(sum(row["seconds"] for row in history), 1),
+            "durations_s": {name: round(sum(row[name] for row in history), 1) for name in STAGES},
+            "precision": self._learner.precision,
+            "num_parameters": model.count_params(),
+            **self._plan.card,
+            "training_config": {name: value for name, value in to_dict(config).items() if name not in _ELSEWHERE},
+        }
+        before_N = 1 / (1 + np.exp(-validation.logits_N))
+        files = history_files(history) | {
+            RELIABILITY_NAME: report.reliability(validation.labels_N, {"as trained": before_N, "calibrated": after_N})
+        }
+        bundle.save(config.output, model, card, extra_files=files)
+        checkpoint.delete_all(config.output)
 
 
-def _validate(plan: Plan, learner: Learner, feed: Feed) -> dict[str, float]:
-    """Loss and accuracy over the whole validation split, each image counted once."""
-    batch_size = resolved(plan.config.batch_size)
-    totals = np.zeros(3)
-    for images_BSSC, labels_B in feed.all_batches(batch_size):
-        totals[:2] += np.asarray(learner.validate(images_BSSC, labels_B))
-        totals[2] += len(labels_B)
-    loss_sum, num_correct, num_images = learner.sum_over_workers(totals)
-    return {"val_loss": float(loss_sum / num_images), "val_accuracy": float(num_correct / num_images)}
+@dataclass(frozen=True)
+class _Validation:
+    """What the averaged model makes of the validation split."""
+
+    labels_N: npt.NDArray[np.int64]  # noqa: N815
+    logits_N: npt.NDArray[np.float64]  # noqa: N815
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy."""
+        return float(np.mean(np.logaddexp(0, np.where(self.labels_N == 1, -self.logits_N, self.logits_N))))
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return float(np.mean((self.logits_N > 0) == (self.labels_N == 1)))
 
 
-class Recorder:
-    """Keeps what a person looks at up to date: `history.csv`, `curves.png` and TensorBoard's events."""
-
-    def __init__(self, output: str) -> None:
-        self._output = output
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> Recorder:
-        """Open an event file."""
-        import tensorflow as tf
-
-        self._local = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
-        self._writer = tf.summary.create_file_writer(str(self._local))
-        self._stack.callback(self._writer.close)
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        """Close it."""
-        self._stack.close()
-
-    def record(self, history: History) -> None:
-        """Publish the history, its curves, and its last row's events."""
-        import tensorflow as tf
-
-        storage.publish_bytes(storage.join(self._output, HISTORY_NAME), history_csv(history))
-        storage.publish_bytes(storage.join(self._output, CURVES_NAME), report.curves(history))
-        row = history[-1]
-        with self._writer.as_default(step=int(row["epoch"])):
-            for name, value in row.items():
-                if name != "epoch":
-                    tf.summary.scalar(name, value)
-        self._writer.flush()
-        for path in self._local.iterdir():
-            storage.publish_file(storage.join(self._output, TENSORBOARD_DIRECTORY, path.name), str(path))
-
-
-def history_csv(history: History) -> bytes:
-    """The history as CSV, a row per epoch."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in history:
-        writer.writerow({name: int(value) if name == "epoch" else f"{value:.6g}" for name, value in row.items()})
-    return text.getvalue().encode()
-
-
-def _save_bundle(plan: Plan, learner: Learner, history: History) -> None:
-    config = plan.config
-    best = history[best_epoch(history) - 1]
-    card = {
-        "arch": config.arch,
-        "image_size": config.image_size,
-        "temperature": 1.0,
-        "review_threshold": REVIEW_THRESHOLD,
-        "metrics": {name: best[name] for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy")},
-        "best_epoch": int(best["epoch"]),
-        "epochs_trained": len(history),
-        "training_seconds": round(sum(row["seconds"] for row in history), 1),
-        "precision": learner.precision,
-        "num_parameters": learner.model.count_params(),
-        **plan.card,
-        "training_config": to_dict(config),
-    }
-    extra_files = {HISTORY_NAME: history_csv(history), CURVES_NAME: report.curves(history)}
-    bundle.save(config.output, learner.model, card, extra_files=extra_files)
-    checkpoint.delete_all(config.output)
+@contextlib.contextmanager
+def _timed(sums: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    sums[name] += time.perf_counter() - started

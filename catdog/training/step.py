@@ -8,7 +8,7 @@ Shapes: `B` images in this worker's share of a batch; `S` pixels per side; `C` =
 
 from __future__ import annotations
 
-import os
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,10 @@ import numpy.typing as npt
 
 from catdog import architectures, augment
 from catdog.config import Precision, TrainConfig
+from catdog.engines import has_bfloat16
+from catdog.training import schedule
+from catdog.training.feed import Share
+from catdog.training.schedule import resolved
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -26,7 +30,7 @@ Arrays = list[npt.NDArray[Any]]
 def resolve_precision(precision: Precision) -> str:
     """The precision to compute in on this machine: `auto` is bfloat16 where the hardware has it, else float32.
 
-    An NVIDIA GPU has it from compute capability 8.0 on; an x86 CPU says so in its flags.
+    An NVIDIA GPU has it from compute capability 8.0 on.
     """
     import tensorflow as tf
 
@@ -36,26 +40,22 @@ def resolve_precision(precision: Precision) -> str:
     if gpus:
         capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0))
         return "bfloat16" if capability >= (8, 0) else "float32"
-    if not os.path.exists("/proc/cpuinfo"):
-        return "float32"
-    with open("/proc/cpuinfo", encoding="utf-8") as info:
-        flags = set(next((line for line in info if line.startswith("flags")), "").split())
-    return "bfloat16" if flags & {"avx512_bf16", "amx_bf16"} else "float32"
+    return "bfloat16" if has_bfloat16() else "float32"
 
 
 class Learner:
-    """One worker's model and optimizer, and the collective steps that train and measure them.
+    """One worker's model, its running average and its optimizer, and the collective steps that train and measure them.
 
-    Every worker of the group calls the same methods in the same order, except for `validate`, which is local.
+    Every worker of the group calls the same methods in the same order, except for `logits`, which is local.
     """
 
-    def __init__(self, config: TrainConfig, *, num_steps: int, image_size: int, precision: str) -> None:
+    def __init__(self, config: TrainConfig, share: Share, *, steps_per_epoch: int, precision: str) -> None:
         """Build the model and the optimizer, the same on every worker.
 
         Args:
-            config: its `None` fields are taken from the architecture's recipe.
-            num_steps: optimizer steps in the whole training; the learning rate's schedule spans them.
-            image_size: pixels per side that the model is fed in validation.
+            config: with no field left to the recipe.
+            share: this worker's share of a batch.
+            steps_per_epoch: optimizer steps per epoch; the learning rate's schedule spans all epochs.
             precision: float32, bfloat16 or float16.
         """
         import keras
@@ -63,67 +63,101 @@ class Learner:
 
         self.precision = precision
         self._config = config
+        self._share = share
         self._recipe = architectures.architecture(config.arch).recipe
-        self._crop_size = round(self._recipe.train_scale * image_size)
+        image_size = resolved(config.image_size)
         keras.utils.set_random_seed(config.seed)
         keras.config.set_dtype_policy("float32" if precision == "float32" else f"mixed_{precision}")
         self._strategy = tf.distribute.MultiWorkerMirroredStrategy()
         with self._strategy.scope():
             self.model = architectures.build_model(config.arch, image_size)
             self._logits_model = architectures.logits_model(self.model)
-            self.optimizer = self._build_optimizer(num_steps)
+            self.average = architectures.build_model(config.arch, image_size)
+            """The model with the running average of the weights: what is validated and saved."""
+            self._average_logits_model = architectures.logits_model(self.average)
+            self.optimizer = self._build_optimizer(steps_per_epoch)
             if precision == "float16":
                 self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
             self.optimizer.build(self.model.trainable_variables)
+        self.reset_average()
+        self._averaged = [
+            (average, variable)
+            for average, variable in zip(self.average.variables, self.model.variables, strict=True)
+            if tf.as_dtype(variable.dtype).is_floating
+        ]
         self._moving_statistics = [
             variable
-            for layer in self.model.layers
+            for model in (self.model, self.average)
+            for layer in model.layers
             if isinstance(layer, keras.layers.BatchNormalization)
             for variable in layer.non_trainable_variables
         ]
-        images = tf.TensorSpec((None, image_size, image_size, 3), tf.uint8)
-        labels = tf.TensorSpec((None,), tf.float32)
-        self._run_train_step = self._compile(self._replica_train_step, images, labels, tf.TensorSpec((2,), tf.int32))
-        self._run_validate = self._compile(self._replica_validate, images, labels)
+        self._images_spec = tf.TensorSpec((None, image_size, image_size, 3), tf.uint8)
+        self._train_steps: dict[tuple[int, bool], Any] = {}
+        self._run_logits = self._compile(self._replica_logits, self._images_spec)
         self._run_sum = self._compile(self._replica_sum, tf.TensorSpec((None,), tf.float64))
 
-    def _build_optimizer(self, num_steps: int) -> Any:
+    def _build_optimizer(self, steps_per_epoch: int) -> Any:
         import keras
 
         recipe = self._recipe
-        warmup_steps = max(1, round(recipe.warmup_fraction * num_steps))
-        schedule = keras.optimizers.schedules.CosineDecay(
-            initial_learning_rate=0.0,
-            decay_steps=max(1, num_steps - warmup_steps),
-            warmup_target=self._config.learning_rate or recipe.learning_rate,
-            warmup_steps=warmup_steps,
+        head_steps = resolved(self._config.head_epochs) * steps_per_epoch
+        rate = schedule.learning_rate_schedule(
+            head_rate=recipe.head_learning_rate,
+            head_steps=head_steps,
+            peak_rate=resolved(self._config.learning_rate),
+            num_steps=resolved(self._config.epochs) * steps_per_epoch - head_steps,
         )
-        optimizer = keras.optimizers.AdamW(schedule, weight_decay=recipe.weight_decay)
+        optimizer = keras.optimizers.AdamW(rate, weight_decay=recipe.weight_decay)
         optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
         return optimizer
+
+    def reset_average(self) -> None:
+        """Let the running average begin anew, at the weights as they are."""
+        for average, variable in zip(self.average.variables, self.model.variables, strict=True):
+            average.assign(variable)
 
     def learning_rate(self) -> float:
         """The rate that the schedule has come to."""
         return float(self.optimizer.learning_rate)
 
     def train_step(
-        self, images_BSSC: npt.NDArray[np.uint8], labels_B: npt.NDArray[np.int8], *, seed: tuple[int, int]
+        self,
+        images_BSSC: npt.NDArray[np.uint8],
+        labels_B: npt.NDArray[np.int8],
+        *,
+        step: int,
+        crop_size: int,
+        head_only: bool = False,
     ) -> tf.Tensor:
         """Take one optimizer step on the whole group's batch.
 
         Args:
-            images_BSSC: this worker's share, 0 to 255; every worker's is as large.
+            images_BSSC: this worker's share, 0 to 255.
             labels_B: class indices.
-            seed: of the augmentation; differs from worker to worker and from step to step.
+            step: from 0; with the configuration's seed, it draws the augmentation, whoever computes it.
+            crop_size: pixels per side of the augmented images.
+            head_only: leave the backbone as it is.
 
         Returns:
             float32 (2,), this worker's sum of losses and count of right answers.
         """
-        return self._run_train_step(images_BSSC, labels_B.astype(np.float32), np.asarray(seed, np.int32))
+        import tensorflow as tf
 
-    def validate(self, images_BSSC: npt.NDArray[np.uint8], labels_B: npt.NDArray[np.int8]) -> tf.Tensor:
-        """The sum of losses and the count of right answers, float32 (2,), with the weights as they are. Local."""
-        return self._run_validate(images_BSSC, labels_B.astype(np.float32))
+        key = (crop_size, head_only)
+        if key not in self._train_steps:
+            self._train_steps[key] = self._compile(
+                functools.partial(self._replica_train_step, crop_size=crop_size, head_only=head_only),
+                self._images_spec,
+                tf.TensorSpec((None,), tf.float32),
+                tf.TensorSpec((2,), tf.int32),
+            )
+        seed = np.asarray((self._config.seed, step), np.int32)
+        return self._train_steps[key](images_BSSC, labels_B.astype(np.float32), seed)
+
+    def logits(self, images_BSSC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Logits of the averaged model, float32 (B,), as the saved model gives them. Local."""
+        return np.asarray(self._run_logits(images_BSSC))
 
     def sum_over_workers(self, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """The sum of every worker's `values`, float64, the same on every worker. All give the same shape."""
@@ -145,20 +179,24 @@ class Learner:
                 variable.assign(part.reshape(variable.shape).astype(np.float32))
 
     def state(self) -> dict[str, Arrays]:
-        """Everything that training changes: the model's variables, its random state included, and the optimizer's."""
-        return {
-            "model": [variable.numpy() for variable in self.model.variables],
-            "optimizer": [variable.numpy() for variable in self.optimizer.variables],
-        }
+        """Everything that training changes: the model, its random state included, the optimizer, the average.
+
+        The optimizer's variables hold the position in the learning rate's schedule.
+        """
+        return {name: [variable.numpy() for variable in variables] for name, variables in self._variables().items()}
 
     def load_state(self, state: dict[str, Arrays]) -> None:
         """Take over what `state` returned. Shapes that differ are an error."""
-        for variables, arrays in (
-            (self.model.variables, state["model"]),
-            (self.optimizer.variables, state["optimizer"]),
-        ):
-            for variable, array in zip(variables, arrays, strict=True):
+        for name, variables in self._variables().items():
+            for variable, array in zip(variables, state[name], strict=True):
                 variable.assign(array)
+
+    def _variables(self) -> dict[str, list[Any]]:
+        return {
+            "model": self.model.variables,
+            "optimizer": self.optimizer.variables,
+            "average": self.average.variables,
+        }
 
     # What each replica computes. A worker drives one replica: one GPU, or the CPU.
 
@@ -167,47 +205,64 @@ class Learner:
 
         return tf.function(lambda *args: self._strategy.run(replica_fn, args), input_signature=signature)
 
-    def _replica_train_step(self, images_BSSC: tf.Tensor, labels_B: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    def _replica_train_step(
+        self, images_BSSC: tf.Tensor, labels_B: tf.Tensor, seed: tf.Tensor, *, crop_size: int, head_only: bool
+    ) -> tf.Tensor:
         import tensorflow as tf
 
+        recipe = self._recipe
+        smoothing = recipe.label_smoothing
+        targets_B = labels_B * (1 - smoothing) + 0.5 * smoothing
         if self._config.augment:
+            rows = augment.Rows(self._share.start, self._share.stop, self._share.batch_size)
             inputs = augment.random_views(
                 images_BSSC,
-                crop_size=self._crop_size,
-                min_area=self._recipe.min_area,
-                rotation_deg=self._recipe.rotation_deg,
+                crop_size=crop_size,
+                min_area=recipe.min_area,
+                rotation_deg=recipe.rotation_deg,
                 seed=seed,
+                rows=rows,
             )
+            if recipe.cutmix_area:
+                inputs, targets_B = augment.cutmix(inputs, targets_B, max_area=recipe.cutmix_area, seed=seed, rows=rows)
         else:
             inputs = tf.cast(images_BSSC, tf.float32)
-        smoothing = self._recipe.label_smoothing
-        targets_B = labels_B * (1 - smoothing) + 0.5 * smoothing
-        replica = tf.distribute.get_replica_context()
-        global_batch_size = tf.cast(tf.shape(labels_B)[0] * replica.num_replicas_in_sync, tf.float32)
         weights = self.model.trainable_variables
+        if head_only:
+            frozen = {id(weight) for weight in architectures.backbone_variables(self.model)}
+            weights = [weight for weight in weights if id(weight) not in frozen]
         with tf.GradientTape() as tape:
             logits_B = self._logits_model(inputs, training=True)[:, 0]
             losses_B = tf.nn.sigmoid_cross_entropy_with_logits(labels=targets_B, logits=logits_B)
-            loss = self.optimizer.scale_loss(tf.reduce_sum(losses_B) / global_batch_size)
+            loss = self.optimizer.scale_loss(tf.reduce_sum(losses_B) / self._share.batch_size)
         gradients = tape.gradient(loss, weights)
         # One collective for all gradients: on a network a few large messages are faster than many small ones.
-        flat = replica.all_reduce("SUM", tf.concat([tf.reshape(gradient, [-1]) for gradient in gradients], axis=0))
+        flat = tf.concat([tf.reshape(gradient, [-1]) for gradient in gradients], axis=0)
+        flat = tf.distribute.get_replica_context().all_reduce("SUM", flat)
         parts = tf.split(flat, [weight.shape.num_elements() for weight in weights])
         summed = [tf.reshape(part, weight.shape) for part, weight in zip(parts, weights, strict=True)]
         self.optimizer.apply(summed, weights)
+        self._follow()
         return tf.stack([tf.reduce_sum(losses_B), _num_correct(logits_B, labels_B)])
 
-    def _replica_validate(self, images_BSSC: tf.Tensor, labels_B: tf.Tensor) -> tf.Tensor:
+    def _follow(self) -> None:
+        """Move the average towards the weights."""
         import tensorflow as tf
 
-        logits_B = self._replica_logits(images_BSSC)
-        losses_B = tf.nn.sigmoid_cross_entropy_with_logits(labels=labels_B, logits=logits_B)
-        return tf.stack([tf.reduce_sum(losses_B), _num_correct(logits_B, labels_B)])
+        # As slow as that only once there is something to remember: TensorFlow's ExponentialMovingAverage does the same.
+        done = tf.cast(self.optimizer.iterations, tf.float32)
+        decay = tf.minimum(self._recipe.average_decay, (1.0 + done) / (10.0 + done))
+        for average, variable in self._averaged:
+            average.assign_add((1.0 - decay) * (variable.value - average.value))
 
     def _replica_logits(self, images_BSSC: tf.Tensor) -> tf.Tensor:
         import tensorflow as tf
 
-        return self._logits_model(tf.cast(images_BSSC, tf.float32), training=False)[:, 0]
+        pixels = tf.cast(images_BSSC, tf.float32)
+        logits_B = self._average_logits_model(pixels, training=False)[:, 0]
+        if self._recipe.mirror:
+            logits_B = (logits_B + self._average_logits_model(pixels[:, :, ::-1], training=False)[:, 0]) / 2
+        return logits_B
 
     def _replica_sum(self, values: tf.Tensor) -> tf.Tensor:
         import tensorflow as tf

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import os
 import tempfile
-import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -22,24 +20,46 @@ from catdog.dataset import reading
 from catdog.errors import CatdogError, OutputRefusedError, TrainingError, UsageError
 from catdog.ray_session import connect
 from catdog.schema import CLASS_NAMES
+from catdog.training import checkpoint
+from catdog.training.schedule import resolved
 
 logger = logging.getLogger(__name__)
+
+TrainLoop = Callable[[dict[str, Any]], None]
 
 CONFIG_NAME: Final = "train.json"
 """The configuration, written first: it makes the output ours, and says what may be resumed there."""
 
-_NOT_THE_RESULT: Final = ("output", "num_workers", "cpus_per_worker", "use_gpu", "max_failures", "ray_address")
+_NOT_THE_RESULT: Final = (
+    "output",
+    "num_workers",
+    "min_workers",
+    "cpus_per_worker",
+    "use_gpu",
+    "checkpoint_steps",
+    "max_failures",
+    "ray_address",
+)
 """Fields that may differ when a run is resumed: they change where and how fast it computes, not what."""
 
+
+RESOURCES_TIMEOUT_S: Final = 10
+"""For nodes that are just joining the cluster."""
 
 _LIBRARIES: Final = ("keras", "numpy", "pillow", "ray", "tensorflow")
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig, *, in_memory: bool | None = None, train_loop: TrainLoop | None = None) -> dict[str, Any]:
     """Train a model, or go on with a training that was cut short, and write its bundle.
 
+    Args:
+        config: what to train, and how.
+        in_memory: hold the decoded images in the object store, or stream them; default: whatever fits.
+        train_loop: what every worker runs; default: `loop.train_loop`. For who watches it: `catdog.bench`.
+
     Returns:
-        The run record: `model_id`, `output`, the best epoch's metrics, `epochs_trained`, `wall_seconds`, `resumed`.
+        The run record: `model_id`, `output`, the last epoch's `metrics`, `calibration`, `epochs_trained`,
+        `wall_seconds`, `resumed`.
 
     Raises:
         UsageError: the data cannot be trained on as configured, or the output holds something else.
@@ -52,11 +72,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
     info = reading.load_info(config.data)
     _check_data(config, info)
     fingerprint = _fingerprint(config, info.digest)
-    resumed = _claim_output(config, fingerprint)
-    if storage.exists(storage.join(config.output, bundle.CARD_NAME)):
+    is_done = storage.exists(storage.join(config.output, bundle.CARD_NAME))
+    resumed = _check_output(config, fingerprint, is_done=is_done)
+    if is_done:
         logger.info("%s holds this very model already", config.output)
     else:
-        _run(config, info)
+        weights = architectures.fetch_weights(config.arch, config.weights or "none")
+        if not resumed:
+            record = {"fingerprint": fingerprint, "config": to_dict(config)}
+            storage.publish_json(storage.join(config.output, CONFIG_NAME), record)
+        _run(config, info, weights, in_memory, train_loop)
     card, model_id = bundle.read_card(config.output)
     return {
         "command": "train",
@@ -65,7 +90,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
         "arch": config.arch,
         "resumed": resumed,
         "wall_seconds": round(time.monotonic() - started, 1),
-        **{name: card[name] for name in ("metrics", "best_epoch", "epochs_trained", "training_seconds", "precision")},
+        **{
+            name: card[name]
+            for name in ("metrics", "calibration", "epochs_trained", "training_seconds", "durations_s", "precision")
+        },
         "config": to_dict(config),
     }
 
@@ -76,13 +104,27 @@ def resolve(config: TrainConfig) -> TrainConfig:
     Raises:
         UsageError: an unknown architecture, or values that do not go together.
     """
-    recipe = architectures.architecture(config.arch).recipe
-    defaults = {
-        name: getattr(recipe, name)
+    architecture = architectures.architecture(config.arch)
+    weights = config.weights or ("imagenet" if architecture.has_backbone else "none")
+    defaults: dict[str, Any] = {
+        name: getattr(architecture.recipe, name)
         for name in ("epochs", "batch_size", "image_size", "learning_rate")
         if getattr(config, name) is None
     }
-    return dataclasses.replace(config, **defaults)
+    epochs = config.epochs or architecture.recipe.epochs
+    if config.head_epochs is None:
+        defaults["head_epochs"] = 0 if weights == "none" else min(architecture.recipe.head_epochs, epochs)
+    elif config.head_epochs and weights == "none":
+        raise UsageError(f"--head-epochs needs pretrained --weights. Received: --head-epochs={config.head_epochs}")
+    if weights not in ("none", "imagenet"):
+        weights = storage.absolute(weights)
+    config = dataclasses.replace(config, weights=weights, **defaults)
+    if resolved(config.image_size) < architecture.min_image_size:
+        raise UsageError(
+            f"--image-size must be at least {architecture.min_image_size} for --arch {config.arch}. "
+            f"Received: --image-size={config.image_size}"
+        )
+    return config
 
 
 def _check_data(config: TrainConfig, info: reading.DatasetInfo) -> None:
@@ -105,19 +147,20 @@ def _fingerprint(config: TrainConfig, data_digest: str) -> str:
     return hashlib.sha256(encoded.encode()).hexdigest()
 
 
-def _claim_output(config: TrainConfig, fingerprint: str) -> bool:
-    """Make the output ours. Returns whether it was already."""
+def _check_output(config: TrainConfig, fingerprint: str, *, is_done: bool) -> bool:
+    """Whether the output holds this very training. Refuses another one, unless that never got to a checkpoint."""
     storage.refuse_foreign_output(config.output, (CONFIG_NAME,))
     url = storage.join(config.output, CONFIG_NAME)
-    if storage.exists(url):
-        found = storage.read_json(url)
-        if found["fingerprint"] != fingerprint:
-            raise OutputRefusedError(
-                "--output must be empty, or hold a training with the same configuration and data. "
-                f"Received: {config.output} with {_difference(found, config)}"
-            )
+    if not storage.exists(url):
+        return False
+    found = storage.read_json(url)
+    if found["fingerprint"] == fingerprint:
         return True
-    storage.publish_json(url, {"fingerprint": fingerprint, "config": to_dict(config)})
+    if is_done or checkpoint.latest_step(config.output) >= 0:
+        raise OutputRefusedError(
+            "--output must be empty, or hold a training with the same configuration and data. "
+            f"Received: {config.output} with {_difference(found, config)}"
+        )
     return False
 
 
@@ -131,118 +174,121 @@ def _difference(found: dict[str, Any], config: TrainConfig) -> str:
     return ", ".join(differing) or "other data"
 
 
-def _run(config: TrainConfig, info: reading.DatasetInfo) -> None:
+def _run(
+    config: TrainConfig,
+    info: reading.DatasetInfo,
+    weights: bytes | None,
+    in_memory: bool | None,
+    train_loop: TrainLoop | None,
+) -> None:
     num_cpus = config.num_workers * config.cpus_per_worker
     # Training workers hold their CPUs for good; the tasks that decode for them need some of their own.
     with (
         connect(config.ray_address, min_cpus=num_cpus + (os.cpu_count() or 1)),
         tempfile.TemporaryDirectory() as scratch,
     ):
-        import ray.train
-        from ray.train.tensorflow import TensorflowTrainer
+        import ray
 
-        from catdog.training import feed, loop
+        from catdog.training import feed, loop, progress
 
         _check_resources(config)
-        image_size, batch_size = loop.resolved(config.image_size), loop.resolved(config.batch_size)
+        image_size = resolved(config.image_size)
         num_images = info.num_images("train") + info.num_images("val")
-        share = info.num_images("train") // config.num_workers
-        with _progress() as progress:
+        if in_memory is None:
+            in_memory = feed.fits_in_memory(num_images, image_size, ray.nodes())
+            if not in_memory:
+                logger.info("The images are streamed: decoded, they do not fit in the object store of every node")
+        train = feed.source(info, "train", image_size, in_memory=in_memory)
+        val = feed.source(info, "val", image_size, in_memory=in_memory)
+        # While tasks are waiting for CPUs the workers would not get theirs, and Ray Train would give up after a minute.
+        feed.wait_until_decoded(train, val)
+        with progress.followed() as queue:
             plan = loop.Plan(
                 config=config,
-                steps_per_epoch=share // (batch_size // config.num_workers),
-                in_memory=feed.fits_in_memory(num_images, image_size, *_memory(ray.nodes())),
+                steps_per_epoch=info.num_images("train") // resolved(config.batch_size),
+                train=train,
+                val=val,
+                weights=None if weights is None else ray.put(weights),
                 card={
                     "data_digest": info.digest,
+                    "pretrained_weights": architectures.weights_source(config.arch, config.weights or "none"),
                     "versions": {"catdog": __version__, **{name: version(name) for name in _LIBRARIES}},
                 },
-                progress=progress,
+                progress=queue,
             )
-            trainer = TensorflowTrainer(
-                loop.train_loop,
-                train_loop_config={"plan": plan},
-                scaling_config=ray.train.ScalingConfig(
-                    num_workers=config.num_workers,
-                    use_gpu=config.use_gpu,
-                    resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": 1} if config.use_gpu else {})},
-                ),
-                # Checkpoints are our own (catdog.training.checkpoint): Ray Train keeps only its bookkeeping here.
-                run_config=ray.train.RunConfig(
-                    name=f"catdog-{uuid.uuid4().hex[:8]}",
-                    storage_path=scratch,
-                    failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-                ),
-                datasets={split: feed.decoded(info, split, image_size) for split in ("train", "val")},
-                dataset_config=feed.SplitOnce(),
-            )
-            try:
-                trainer.fit()
-            except ray.train.TrainingFailedError as error:
-                raise _cause(error) from error
+            _fit(plan, train_loop or loop.train_loop, scratch)
+
+
+def _fit(plan: Any, train_loop: TrainLoop, scratch: str) -> None:
+    """Run the workers, again from the last checkpoint when they fail, as long as that leads any further."""
+    import ray.train
+    from ray.train.tensorflow import TensorflowTrainer
+
+    config: TrainConfig = plan.config
+    num_workers = config.num_workers
+    num_failures, reached = 0, checkpoint.latest_step(config.output)
+    while True:
+        trainer = TensorflowTrainer(
+            train_loop,
+            train_loop_config={"plan": plan},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=num_workers if config.min_workers is None else (config.min_workers, num_workers),
+                use_gpu=config.use_gpu,
+                resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": 1} if config.use_gpu else {})},
+            ),
+            # Checkpoints are our own (catdog.training.checkpoint), and so are the restarts, which Ray Train would count
+            # over the whole training: it keeps only its bookkeeping here.
+            run_config=ray.train.RunConfig(
+                name=f"catdog-{uuid.uuid4().hex[:8]}",
+                storage_path=scratch,
+                failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
+            ),
+        )
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            if (ours := _own_error(error)) is not None:
+                raise ours from error  # it would come again
+            failure = TrainingError(f"the training workers must finish. Received: {_text(error)}")
+            step = checkpoint.latest_step(config.output)
+            num_failures, reached = (num_failures + 1 if step == reached else 1), step
+            if num_failures > config.max_failures:
+                raise failure from error
+            logger.warning("%s. Going on from the last checkpoint (restart %d)", failure, num_failures)
+        else:
+            return
 
 
 def _check_resources(config: TrainConfig) -> None:
-    """Refuse at once what this cluster can never hold; Ray would wait for it for ever."""
+    """Refuse what this cluster cannot hold; Ray would wait for it for ever."""
     import ray
 
-    have = ray.cluster_resources()
-    for name, needed in (
-        ("CPU", config.num_workers * config.cpus_per_worker + 1),
-        ("GPU", config.num_workers if config.use_gpu else 0),
-    ):
-        if needed > have.get(name, 0):
+    num_workers = config.min_workers or config.num_workers
+    needed = {"CPU": num_workers * config.cpus_per_worker + 1, "GPU": num_workers if config.use_gpu else 0}
+    deadline = time.monotonic() + RESOURCES_TIMEOUT_S
+    while lacking := [name for name, number in needed.items() if number > ray.cluster_resources().get(name, 0)]:
+        if time.monotonic() > deadline:
+            have = ray.cluster_resources()
             raise TrainingError(
-                f"the cluster must have {needed} {name}s for {config.num_workers} workers and what feeds them. "
-                f"Received: {have.get(name, 0):g} {name}s"
+                f"the cluster must have {', '.join(f'{needed[name]} {name}s' for name in lacking)} "
+                f"for {num_workers} workers and what feeds them. "
+                f"Received: {', '.join(f'{have.get(name, 0):g} {name}s' for name in lacking)}"
             )
+        time.sleep(1)
 
 
-def _memory(nodes: list[dict[str, Any]]) -> tuple[float, int]:
-    """(smallest node's memory in bytes, number of nodes)."""
-    sizes = [node["Resources"].get("memory", 0.0) for node in nodes if node["Alive"]]
-    return min(sizes), len(sizes)
-
-
-def _cause(error: Exception) -> CatdogError:
-    """The workers' own error where it is one of ours, else a `TrainingError` that quotes it."""
-    failures = list(getattr(error, "worker_failures", {}).values())
-    for failure in failures:
+def _own_error(error: Exception) -> CatdogError | None:
+    """The error of ours that a worker raised, if one did; the others then failed because of it."""
+    for failure in getattr(error, "worker_failures", {}).values():
         cause: BaseException | None = failure
         while cause is not None and not isinstance(cause, CatdogError):
             # Ray wraps what a worker raised, and what a Ray Data task raised for it, each in a way of its own.
             cause = getattr(cause, "_base_exc", None) or getattr(cause, "cause", None) or cause.__cause__
         if cause is not None:
             return cause
-    text = " ".join(str(failures[0] if failures else error).split())
-    return TrainingError(f"the training workers must finish. Received: {text[-500:]}")
+    return None
 
 
-@contextlib.contextmanager
-def _progress() -> Iterator[Any]:
-    """A queue whose rows of history are logged as they come. An error that comes is raised at the end."""
-    from ray.util.queue import Queue
-
-    queue = Queue(actor_options={"num_cpus": 0})
-    errors: list[TrainingError] = []
-
-    def follow() -> None:
-        while (item := queue.get()) is not None:
-            if isinstance(item, TrainingError):
-                errors.append(item)
-            else:
-                logger.info(
-                    "Epoch %(epoch)d: train loss %(train_loss).4f, accuracy %(train_accuracy).4f; "
-                    "val loss %(val_loss).4f, accuracy %(val_accuracy).4f; %(seconds).0f s",
-                    item,
-                )
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield queue
-    finally:
-        queue.put(None)
-        thread.join()
-        queue.shutdown()
-    if errors:
-        raise errors[0]
+def _text(error: Exception) -> str:
+    failures = list(getattr(error, "worker_failures", {}).values())
+    return " ".join(str(failures[0] if failures else error).split())[-500:]

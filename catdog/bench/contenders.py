@@ -1,0 +1,174 @@
+"""What `catdog bench train` compares, in processes of their own: `python -m catdog.bench.contenders SETTINGS RESULT`.
+
+`SETTINGS` is JSON, `RESULT` the file that gets a row per epoch. All train the same network on the same images with
+batches of the same size.
+
+- `ray_train`: `catdog train`, on an embedded Ray. Its seconds are those of `history.csv`, input and computing: neither
+  validation nor checkpoints are in them.
+- `bare`: the same steps on the same batches without Ray, in one of a group of processes. Each has its batches ready in
+  memory: there is no input to wait for.
+- `tutorial`: the network in Keras's own layers and float32, trained on folders of JPEG files as in
+  https://keras.io/examples/vision/image_classification_from_scratch, without its validation and checkpoints, with or
+  without its `jit_compile=True`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from catdog import architectures, images, storage
+from catdog.architectures import fast_layers
+from catdog.bench.processes import Epoch, Settings
+from catdog.config import TrainConfig
+from catdog.dataset import reading
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+
+def train_config(settings: Settings) -> TrainConfig:
+    """What `ray_train` and `bare` train, with no field left to the recipe."""
+    from catdog.training.trainer import resolve
+
+    names = ("data", "output", "arch", "epochs", "batch_size", "image_size", "num_workers")
+    return resolve(TrainConfig(weights="none", **{name: settings[name] for name in names}))
+
+
+def ray_train(settings: Settings) -> list[Epoch]:
+    """The rows of a training's history."""
+    from catdog.training import train
+
+    config = train_config(settings)
+    train(config, in_memory=settings["in_memory"])
+    history = csv.DictReader(io.StringIO(storage.read_text(storage.join(config.output, "history.csv"))))
+    num_images = _num_steps(settings) * settings["batch_size"]
+    return [
+        {
+            "num_images": num_images,
+            "seconds": float(row["input_s"]) + float(row["compute_s"]),
+            "input_s": float(row["input_s"]),
+            "train_loss": float(row["train_loss"]),
+        }
+        for row in history
+    ]
+
+
+def bare(settings: Settings) -> list[Epoch]:
+    """What a worker of Ray Train computes, in a loop of a few lines."""
+    task = {"type": "worker", "index": settings["rank"]}
+    os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": settings["addresses"]}, "task": task})
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    from catdog.training.feed import Share
+    from catdog.training.schedule import crop_size
+    from catdog.training.step import Learner, resolve_precision
+
+    config, num_steps, batch_size = train_config(settings), _num_steps(settings), settings["batch_size"]
+    share = Share(rank=settings["rank"], num_workers=settings["num_workers"], batch_size=batch_size)
+    learner = Learner(config, share, steps_per_epoch=num_steps, precision=resolve_precision(config.precision))
+    scales = architectures.architecture(config.arch).recipe.crop_scales
+    pixels_NSSC, labels_N = _decoded(settings)
+    epochs = []
+    for epoch in range(settings["epochs"]):
+        order_N = np.random.default_rng((config.seed, epoch)).permutation(len(labels_N))
+        rows = [order_N[step * batch_size + share.start : step * batch_size + share.stop] for step in range(num_steps)]
+        batches = [(pixels_NSSC[rows_B], labels_N[rows_B]) for rows_B in rows]
+        side = crop_size(scales, settings["image_size"], epoch, settings["epochs"])
+        learner.sum_over_workers([0.0])  # begin together
+        loss, started = 0.0, time.perf_counter()
+        for step, (images_BSSC, labels_B) in enumerate(batches, start=epoch * num_steps):
+            loss += float(learner.train_step(images_BSSC, labels_B, step=step, crop_size=side).numpy()[0])
+        seconds = time.perf_counter() - started
+        num_images = num_steps * batch_size
+        total = float(learner.sum_over_workers([loss])[0])
+        epochs.append({"num_images": num_images, "seconds": seconds, "input_s": 0.0, "train_loss": total / num_images})
+        learner.average_moving_statistics()
+    learner.sum_over_workers([0.0])  # leave together: the first one serves the others
+    return epochs
+
+
+def tutorial(settings: Settings) -> list[Epoch]:
+    """`image_dataset_from_directory`, augmentation in the input pipeline, and `model.fit`."""
+    import keras
+    import tensorflow as tf
+    from keras import layers
+
+    keras.utils.set_random_seed(0)
+    dataset = keras.utils.image_dataset_from_directory(
+        settings["pictures"],
+        seed=0,
+        image_size=(settings["image_size"], settings["image_size"]),
+        batch_size=settings["batch_size"],
+    )
+    augmentation = [layers.RandomFlip("horizontal"), layers.RandomRotation(0.1), layers.RandomZoom(0.1)]
+
+    def augmented(pixels_BSSC: tf.Tensor, labels_B: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        for layer in augmentation:
+            pixels_BSSC = layer(pixels_BSSC, training=True)
+        return pixels_BSSC, labels_B
+
+    dataset = dataset.prefetch(32).map(augmented, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+    model = fast_layers.with_stock_layers(architectures.build_model(settings["arch"], settings["image_size"]))
+    model.compile(
+        optimizer=keras.optimizers.Adam(1e-3),
+        loss="binary_crossentropy",
+        metrics=["accuracy"],
+        jit_compile=settings["jit_compile"],
+    )
+    num_images = _num_steps(settings) * settings["batch_size"]
+    epochs: list[Epoch] = []
+    started_at: list[float] = []
+
+    def begin(_epoch: int, _logs: dict[str, float]) -> None:
+        started_at.append(time.perf_counter())
+
+    def end(_epoch: int, logs: dict[str, float]) -> None:
+        seconds = time.perf_counter() - started_at[-1]
+        epochs.append({"num_images": num_images, "seconds": seconds, "input_s": 0.0, "train_loss": logs["loss"]})
+
+    clock = keras.callbacks.LambdaCallback(on_epoch_begin=begin, on_epoch_end=end)
+    model.fit(dataset, epochs=settings["epochs"], callbacks=[clock], verbose=0)
+    return epochs
+
+
+CONTENDERS: Final[dict[str, Callable[[Settings], list[Epoch]]]] = {
+    function.__name__: function for function in (ray_train, bare, tutorial)
+}
+
+
+def _num_steps(settings: Settings) -> int:
+    """Per epoch. The images are a multiple of the batch."""
+    return reading.load_info(settings["data"]).num_images("train") // int(settings["batch_size"])
+
+
+def _decoded(settings: Settings) -> tuple[Any, Any]:
+    """`pixels_NSSC` and `labels_N` of the training images, in the dataset's order."""
+    pixels, labels = [], []
+    for batch in reading.iter_split(settings["data"], "train", ["image", "label"]):
+        pixels += [images.decode(data, settings["image_size"]).pixels_HWC for data in batch["image"].to_pylist()]
+        labels += batch["label"].to_pylist()
+    return np.stack(pixels), np.array(labels, np.int8)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run one contender."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # an embedded Ray ends with us
+    settings = json.loads(argv[0])
+    Path(argv[1]).write_text(json.dumps(CONTENDERS[settings["contender"]](settings)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
