@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Written once everything is installed; older than what it was installed from means: install again.
 INSTALLED := .venv/installed
 
-.PHONY: demo test check clean
+.PHONY: demo test check default-model clean
 
 demo: $(INSTALLED)
 	$(BIN)/catdog demo --output catdog-demo
@@ -18,6 +18,13 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_layers.py
+
+# The model that ships: make default-model IMAGES='train-*.zip'
+default-model: $(INSTALLED)
+	$(BIN)/catdog prepare --images '$(IMAGES)' --output build/data
+	$(BIN)/catdog train --data build/data --output build/model --arch efficientnet_lite2 --num-workers 2
+	cp build/model/*.json build/model/*.keras build/model/*.csv build/model/*.png catdog/default_model/
+	rm catdog/default_model/train.json
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

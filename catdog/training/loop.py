@@ -246,8 +246,9 @@ class _Worker:
     def _save_bundle(self, validation: _Validation) -> None:
         config, history = self._config, self._history
         last = history[-1]
-        calibrated = calibration.fit(validation.labels_N, validation.logits_N, review_precision=config.review_precision)
-        after_N = 1 / (1 + np.exp(-validation.logits_N / calibrated.temperature))
+        labels_N, logits_N = validation.labels_N, validation.logits_N
+        calibrated = calibration.fit(labels_N, logits_N, review_precision=config.review_precision)
+        prob_dog_N = calibration.cross_fitted(labels_N, logits_N)
         model = architectures.exported(self._learner.average, config.arch)
         card = {
             "arch": config.arch,
@@ -255,7 +256,7 @@ class _Worker:
             "temperature": calibrated.temperature,
             "review_threshold": calibrated.review_threshold,
             "metrics": {name: last[name] for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy")},
-            "validation": metrics.classification_metrics(validation.labels_N, after_N),
+            "validation": metrics.classification_metrics(labels_N, prob_dog_N),
             "calibration": calibrated.report,
             "epochs_trained": len(history),
             "training_seconds": round(sum(row["seconds"] for row in history), 1),
@@ -265,9 +266,11 @@ class _Worker:
             **self._plan.card,
             "training_config": {name: value for name, value in to_dict(config).items() if name not in _ELSEWHERE},
         }
-        before_N = 1 / (1 + np.exp(-validation.logits_N))
         files = history_files(history) | {
-            RELIABILITY_NAME: report.reliability(validation.labels_N, {"as trained": before_N, "calibrated": after_N})
+            RELIABILITY_NAME: report.reliability(
+                labels_N,
+                {"as trained": calibration.probabilities(logits_N, 1.0), "calibrated, cross-fitted": prob_dog_N},
+            )
         }
         bundle.save(config.output, model, card, extra_files=files)
         checkpoint.delete_all(config.output)
