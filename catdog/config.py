@@ -337,6 +337,9 @@ class BenchChaosConfig:
     checkpoint_steps: int = 20
     """Most optimizer steps between checkpoints, and so the most that a kill may cost."""
 
+    streamed: bool = False
+    """Have the images decoded anew in every epoch, as if they did not fit in memory."""
+
     seed: int = 0
     """Of the training, and of when which worker is killed."""
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from catdog import bundle
-from catdog.architectures import LOGITS_LAYER, build_model
+from catdog.architectures import LOGITS_LAYER, build_model, exported
 
 SIZE_PX = 48
 REVIEW_THRESHOLD = 0.7
@@ -32,7 +32,11 @@ def save_model(url: str, seed: int = 0) -> str:
     model = build_model("resnet", SIZE_PX)
     logits = model.get_layer(LOGITS_LAYER)
     logits.set_weights([weights * 20 for weights in logits.get_weights()])
-    bundle.save(url, model, {"image_size": SIZE_PX, "temperature": 1.5, "review_threshold": REVIEW_THRESHOLD})
+    bundle.save(
+        url,
+        exported(model, "resnet"),
+        {"image_size": SIZE_PX, "temperature": 1.5, "review_threshold": REVIEW_THRESHOLD},
+    )
     return url
 
 

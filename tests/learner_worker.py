@@ -13,24 +13,33 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-ARCHS = ("plain", "resnet")
+ARCHS = ("plain", "normalized")
 NUM_STEPS, BATCH_SIZE, IMAGE_SIZE, CROP_SIZE = 6, 9, 48, 40
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 
-def register_plain() -> None:
-    """An architecture whose images do not meet within a batch, so that its gradients do not depend on the workers."""
+def register() -> None:
+    """Two small architectures.
+
+    In `plain` the images of a batch do not meet, so that its gradients do not depend on who has which; in `normalized`
+    they do.
+    """
     from keras import layers
 
-    from catdog.architectures import ARCHITECTURES, Architecture
+    from catdog.architectures import ARCHITECTURES, Architecture, fast_layers
 
-    def features(x: Any) -> Any:
+    def plain(x: Any) -> Any:
         x = layers.Conv2D(8, 3, strides=2, activation="tanh")(x)
         return layers.Dense(16, activation="tanh")(layers.GlobalAveragePooling2D()(layers.MaxPooling2D()(x)))
 
-    recipe = replace(ARCHITECTURES["resnet"].recipe, cutmix_area=0.0, learning_rate=1e-3)
-    ARCHITECTURES["plain"] = Architecture("plain", features, fixed_size=False, recipe=recipe)
+    def normalized(x: Any) -> Any:
+        return plain(fast_layers.batch_normalization()(layers.Conv2D(4, 3)(x)))
+
+    recipe = replace(ARCHITECTURES["resnet"].recipe, learning_rate=1e-3)
+    without = replace(recipe, cutmix_area=0.0)
+    ARCHITECTURES["plain"] = Architecture("plain", plain, fixed_size=False, recipe=without)
+    ARCHITECTURES["normalized"] = Architecture("normalized", normalized, fixed_size=False, recipe=recipe)
 
 
 def steps(arch: str, rank: int, num_workers: int) -> Arrays:
@@ -80,7 +89,7 @@ def main(rank: int, ports: list[str], output: Path) -> None:
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    register_plain()
+    register()
     found = {f"{arch}/{name}": array for arch in ARCHS for name, array in steps(arch, rank, len(ports)).items()}
     np.savez(output, **found)
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 import pytest
 
 from catdog import __version__, cli, drawings
-from catdog.config import PredictConfig, flag
+from catdog.config import BenchChaosConfig, PredictConfig, flag
 from catdog.errors import StorageError
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -35,7 +35,11 @@ def helps(args: list[str]) -> None:
     assert stopped.value.code == 0
 
 
-COMMANDS = "catdog must be given one of the commands demo, prepare, train, evaluate, predict. Received: "
+COMMANDS = (
+    "catdog must be given one of the commands demo, prepare, train, evaluate, predict, bench train, bench chaos. "
+    "Received: "
+)
+BENCH = "catdog bench must be given one of the commands train, chaos. Received: "
 TRAIN = "train --data d --output o "
 
 
@@ -45,8 +49,21 @@ TRAIN = "train --data d --output o "
         ("", COMMANDS + "nothing"),
         ("label", COMMANDS + "label"),
         ("--dry-run", COMMANDS + "--dry-run"),
+        ("bench", BENCH + "nothing"),
+        ("bench predict", BENCH + "predict"),
+        ("bench --data d", BENCH + "--data d"),
+        ("bench train", "catdog bench train needs --data and --output. Received: catdog bench train"),
+        (
+            "bench chaos --foo",
+            "catdog bench chaos takes only the flags that catdog bench chaos --help lists. Received: --foo",
+        ),
+        ("bench chaos --data d --output o --num-kills x", "--num-kills must be an integer. Received: --num-kills=x"),
+        (
+            "bench chaos --data d --output o --num-kills 0",
+            "--num-kills must be at least 1. Received: --num-kills=0",
+        ),
         ("train", "catdog train needs --data and --output. Received: catdog train"),
-        ("predict --images i", "catdog predict needs --output and --model. Received: catdog predict --images i"),
+        ("predict --images i", "catdog predict needs --output. Received: catdog predict --images i"),
         ("train --data", "--data needs a value. Received: catdog train --data"),
         (TRAIN + "--foo", "catdog train takes only the flags that catdog train --help lists. Received: --foo"),
         (TRAIN + "--foo 3", "catdog train takes only the flags that catdog train --help lists. Received: --foo 3"),
@@ -118,7 +135,12 @@ NO_DATASET = "A dataset must hold dataset.json, which prepare writes last. Recei
         ),
         ("prepare --images only-cats --output mine", 2, OURS + "thesis.txt"),
         ("train --data missing --output out", 1, NO_DATASET + "{0}/missing"),
-        ("train --data missing --output out --arch vgg", 2, "--arch must be one of cnn, resnet. Received: --arch=vgg"),
+        (
+            "train --data missing --output out --arch vgg",
+            2,
+            "--arch must be one of cnn, resnet, vgg16, resnet50, mobilenetv2, efficientnetv2b0, convnext_tiny, "
+            "efficientnet_lite0, efficientnet_lite1, efficientnet_lite2. Received: --arch=vgg",
+        ),
         ("evaluate --data missing --model broken --output out", 1, NO_DATASET + "missing"),
         ("evaluate --data missing --model broken --output mine", 2, OURS + "thesis.txt"),
         (
@@ -143,7 +165,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_describes_every_flag(capsys: pytest.CaptureFixture[str], command: str) -> None:
-    helps([command, "--help"])
+    helps([*command.split(), "--help"])
     out, err = capsys.readouterr()
     assert err == ""
     config_type = cli.COMMANDS[command].config_type
@@ -164,6 +186,12 @@ def test_help_lists_the_commands_and_exit_codes(capsys: pytest.CaptureFixture[st
     assert "Exit codes: 0 done; 1 the job failed; 2 bad usage; 3 done, but too many images failed." in out
 
 
+def test_help_of_a_group_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    helps(["bench", "--help"])
+    out = capsys.readouterr().out
+    assert [command for command in cli.COMMANDS if f"• {command} " in out] == ["bench train", "bench chaos"]
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"{__version__}\n"
@@ -177,6 +205,11 @@ def test_flags_reach_the_configuration() -> None:
         images="a", output="b", model="c", executor="inline", num_workers=3, retry_errors=True
     )
     assert invocation.common == cli.CommonFlags(json=True)
+
+
+def test_flags_reach_a_command_of_two_words() -> None:
+    name, invocation = cli.parse(["bench", "chaos", "--data", "a", "--output", "b", "--num-kills", "3"])
+    assert (name, invocation.config) == ("bench chaos", BenchChaosConfig(data="a", output="b", num_kills=3))
 
 
 def test_dry_run_prints_the_resolved_configuration(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -199,6 +232,8 @@ def test_dry_run_prints_the_resolved_configuration(capsys: pytest.CaptureFixture
         "train --epochs x",
         "train --data d --output o --dry-run",
         "predict --images i --model m --output o --dry-run",
+        "bench --help",
+        "bench train --data d --output o --dry-run",
     ],
 )
 def test_answers_at_once_without_ray_or_tensorflow(line: str) -> None:

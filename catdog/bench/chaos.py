@@ -30,6 +30,7 @@ from catdog.dataset import reading
 from catdog.errors import TrainingError, UsageError
 from catdog.ray_session import cluster_address, connect
 from catdog.training import train
+from catdog.training.trainer import resolve
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def bench_chaos(config: BenchChaosConfig) -> dict[str, Any]:
     epochs = math.ceil(config.num_kills * INTERVALS_PER_KILL * config.checkpoint_steps / steps_per_epoch)
     num_steps = epochs * steps_per_epoch
     outputs = {name: storage.join(output, name) for name in PARTS}
-    configs = {name: _train_config(config, outputs[name], epochs) for name in PARTS}
+    configs = {name: resolve(_train_config(config, outputs[name], epochs)) for name in PARTS}
     for name in PARTS:
         storage.delete(outputs[name])
     storage.publish_json(storage.join(output, RECORD_NAME), {"command": "bench chaos"})
@@ -89,11 +90,13 @@ def bench_chaos(config: BenchChaosConfig) -> dict[str, Any]:
         connect(None, min_cpus=config.num_workers + (os.cpu_count() or 1)),
         tempfile.TemporaryDirectory(prefix="catdog-bench-") as scratch,
     ):
-        calm = train(configs["undisturbed"])
+        in_memory = False if config.streamed else None
+        calm = train(configs["undisturbed"], in_memory=in_memory)
         path = os.path.join(scratch, "board")
-        killer = _Killer(watched.create(path, config.num_workers), config, num_steps)
+        killer = Killer(watched.create(path, config.num_workers), config, num_steps)
         with killer:
-            chaos = train(configs["disturbed"], train_loop=functools.partial(watched.train_loop, path))
+            watched_loop = functools.partial(watched.train_loop, path)
+            chaos = train(configs["disturbed"], in_memory=in_memory, train_loop=watched_loop)
     record = {
         "command": "bench chaos",
         "output": output,
@@ -110,7 +113,7 @@ def bench_chaos(config: BenchChaosConfig) -> dict[str, Any]:
         "versions": {"catdog": __version__, **{name: version(name) for name in _LIBRARIES}},
     }
     storage.publish_json(storage.join(output, RECORD_NAME), record)
-    _check(record)
+    check(record)
     return record
 
 
@@ -137,10 +140,15 @@ def _outcome(record: dict[str, Any]) -> dict[str, float]:
 def _difference(*urls: str) -> float:
     """Largest absolute difference between any two weights of two models, BatchNormalization's statistics included."""
     one, other = (bundle.load_model(bundle.load(url)).get_weights() for url in urls)
-    return max(float(np.max(np.abs(a - b))) for a, b in zip(one, other, strict=True))
+    return float(np.max([np.max(np.abs(a - b)) for a, b in zip(one, other, strict=True)]))
 
 
-def _check(record: dict[str, Any]) -> None:
+def check(record: dict[str, Any]) -> None:
+    """Whether the training withstood the kills.
+
+    Raises:
+        TrainingError: it did not, or there were too few.
+    """
     config = record["config"]
     for name, rule, most in (
         ("max_weight_difference", "the weights must be those of the undisturbed training", 0.0),
@@ -155,7 +163,7 @@ def _check(record: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class _Target:
+class Target:
     """When to kill whom."""
 
     moment: Moment
@@ -165,7 +173,7 @@ class _Target:
     rank: int
 
 
-class _Killer:
+class Killer:
     """Kills workers in a thread of its own, as long as a `with` block lasts, and counts what that costs."""
 
     def __init__(self, board: watched.Board, config: BenchChaosConfig, num_steps: int) -> None:
@@ -200,11 +208,11 @@ class _Killer:
         self._done.set()
         self._thread.join()
 
-    def _draw(self, num_kills: int, num_workers: int, num_steps: int) -> Iterator[_Target]:
+    def _draw(self, num_kills: int, num_workers: int, num_steps: int) -> Iterator[Target]:
         stretch = num_steps / num_kills
         for index, moment in zip(range(num_kills), itertools.cycle(MOMENTS), strict=False):
             step = int((index + self._rng.uniform(0, 1)) * stretch)
-            yield _Target(moment, step, 0 if moment == "saving" else int(self._rng.integers(num_workers)))
+            yield Target(moment, step, 0 if moment == "saving" else int(self._rng.integers(num_workers)))
 
     def _run(self) -> None:
         for target in self._targets:
@@ -213,7 +221,7 @@ class _Killer:
         while not self._done.wait(POLL_S):
             self._look()
 
-    def _kill(self, target: _Target) -> bool:
+    def _kill(self, target: Target) -> bool:
         """Kill a worker, unless it has ended by itself."""
         rank, record = target.rank, self._board[target.rank]
         moment: Moment = (
@@ -231,7 +239,7 @@ class _Killer:
         logger.info("Killed worker %(rank)d at step %(step)d, %(moment)s", kill)
         return True
 
-    def _wait(self, target: _Target) -> bool:
+    def _wait(self, target: Target) -> bool:
         """Until it is time; False where the training has ended before."""
         record = self._board[target.rank]
         delay_s = float(self._rng.uniform(0, DURATIONS_S[target.moment]))
@@ -246,7 +254,7 @@ class _Killer:
                 return True
         return False
 
-    def _is_time(self, target: _Target) -> bool:
+    def _is_time(self, target: Target) -> bool:
         """Whether the present group has come to the moment."""
         if target.moment == "starting":
             return True

@@ -23,11 +23,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from catdog import architectures, images, storage
+from catdog import architectures, storage
 from catdog.architectures import fast_layers
 from catdog.bench.processes import Epoch, Settings
 from catdog.config import TrainConfig
@@ -72,15 +72,17 @@ def bare(settings: Settings) -> list[Epoch]:
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    from catdog.training.feed import Share
+    from catdog.training import feed
     from catdog.training.schedule import crop_size
     from catdog.training.step import Learner, resolve_precision
 
     config, num_steps, batch_size = train_config(settings), _num_steps(settings), settings["batch_size"]
-    share = Share(rank=settings["rank"], num_workers=settings["num_workers"], batch_size=batch_size)
+    share = feed.Share(rank=settings["rank"], num_workers=settings["num_workers"], batch_size=batch_size)
     learner = Learner(config, share, steps_per_epoch=num_steps, precision=resolve_precision(config.precision))
     scales = architectures.architecture(config.arch).recipe.crop_scales
-    pixels_NSSC, labels_N = _decoded(settings)
+    chunks = feed.chunks(reading.load_info(settings["data"]), "train")
+    decoded = [feed.decode_here(chunk, settings["image_size"]) for chunk in chunks]
+    pixels_NSSC, labels_N = (np.concatenate(arrays) for arrays in zip(*decoded, strict=True))
     epochs = []
     for epoch in range(settings["epochs"]):
         order_N = np.random.default_rng((config.seed, epoch)).permutation(len(labels_N))
@@ -154,19 +156,11 @@ def _num_steps(settings: Settings) -> int:
     return reading.load_info(settings["data"]).num_images("train") // int(settings["batch_size"])
 
 
-def _decoded(settings: Settings) -> tuple[Any, Any]:
-    """`pixels_NSSC` and `labels_N` of the training images, in the dataset's order."""
-    pixels, labels = [], []
-    for batch in reading.iter_split(settings["data"], "train", ["image", "label"]):
-        pixels += [images.decode(data, settings["image_size"]).pixels_HWC for data in batch["image"].to_pylist()]
-        labels += batch["label"].to_pylist()
-    return np.stack(pixels), np.array(labels, np.int8)
-
-
 def main(argv: Sequence[str]) -> None:
     """Run one contender."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # an embedded Ray ends with us
     settings = json.loads(argv[0])
+    if settings["contender"] == "ray_train":  # what it started ends with it; the others may be busy outside Python
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     Path(argv[1]).write_text(json.dumps(CONTENDERS[settings["contender"]](settings)))
 
 

@@ -17,12 +17,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from catdog import __version__, architectures, storage
+from catdog import __version__, storage
 from catdog.bench import processes, subset
 from catdog.bench.processes import Epoch, Settings
-from catdog.config import BenchTrainConfig, to_dict
+from catdog.config import BenchTrainConfig, TrainConfig, to_dict
 from catdog.dataset import reading
 from catdog.errors import UsageError
+from catdog.training import schedule
+from catdog.training.trainer import resolve
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +60,19 @@ def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
     output = storage.absolute(config.output)
     storage.refuse_foreign_output(output, (RECORD_NAME,))
     num_workers = config.num_workers or os.cpu_count() or 1
-    image_size = config.image_size or architectures.architecture(config.arch).recipe.image_size
     batch_size = config.batch_size * num_workers
+    training = resolve(
+        TrainConfig(
+            data=config.data,
+            output=output,
+            arch=config.arch,
+            weights="none",
+            image_size=config.image_size,
+            batch_size=batch_size,
+            num_workers=num_workers,
+        )
+    )
+    image_size = schedule.resolved(training.image_size)
     num_steps = config.num_images // batch_size
     if num_steps == 0:
         raise UsageError(

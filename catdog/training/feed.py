@@ -169,6 +169,7 @@ class Feed:
         self._share = share
         self._offsets = np.cumsum([0, *(chunk.num_rows for chunk in source.chunks)])
         self._held: list[Batch] | None = None
+        self._patience_s = PATIENCE_S
 
     def train_batches(self, *, seed: int | None, epoch: int, steps: range) -> Generator[Batch]:
         """This worker's share of an epoch's batches, made ready in a thread of its own while the worker computes.
@@ -252,18 +253,17 @@ class Feed:
         """
         remaining = iter(indices)
         pending: collections.deque[tuple[int, ray.ObjectRef[Any]]] = collections.deque()
-        patience_s = PATIENCE_S
         while True:
             ahead = itertools.islice(remaining, NUM_AHEAD - len(pending))
             pending.extend((index, self._source.fetch(index)) for index in ahead)
             if not pending:
                 return
             index, task = pending.popleft()
-            if self._source.decoded is not None or ray.wait([task], timeout=patience_s)[0]:
-                patience_s = PATIENCE_S
+            if self._source.decoded is not None or ray.wait([task], timeout=self._patience_s)[0]:
+                self._patience_s = PATIENCE_S
                 yield _checked(ray.get(task))
             else:
-                patience_s = 0.0  # until one is done again
+                self._patience_s = 0.0  # until one is done in time again
                 ray.cancel(task)
                 yield decode_here(self._source.chunks[index], self._source.image_size)
 
