@@ -284,15 +284,25 @@ def lite_state(model: keras.Model, rng: np.random.Generator) -> dict[str, np.nda
     """A state dict of random weights for the PyTorch port's names and shapes, the classifier included."""
     backbone = architectures.backbone_layer(model)
     assert backbone is not None
-    kinds = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
     state = {"_fc.weight": np.zeros((1000, 1280), "float32"), "_bn0.num_batches_tracked": np.asarray(9)}
+    norms = {
+        "conv_stem": "bn0",
+        "expand_conv": "bn0",
+        "depthwise_conv": "bn1",
+        "project_conv": "bn2",
+        "conv_head": "bn1",
+    }
     for variable in backbone.weights:
         layer, kind = variable.path.split("/")[-2:]
-        module = re.sub(r"^blocks_(\d+)_", r"blocks.\1._", layer)
+        if kind == "bias":
+            continue
+        block, name = re.fullmatch(r"(?:blocks_(\d+)_)?(\w+)", layer).groups()  # type: ignore[union-attr]
+        prefix = "" if block is None else f"_blocks.{block}."
         array = rng.uniform(0.5, 1, variable.shape).astype("float32")
-        if kind == "kernel":
-            array = array.transpose((2, 3, 0, 1) if layer.endswith("depthwise_conv") else (3, 2, 0, 1))
-        state[f"_{module}.{kinds.get(kind, 'weight')}"] = np.ascontiguousarray(array)
+        array = array.transpose((2, 3, 0, 1) if name == "depthwise_conv" else (3, 2, 0, 1))
+        state[f"{prefix}_{name}.weight"] = np.ascontiguousarray(array)
+        for of_norm in ("weight", "bias", "running_mean", "running_var"):
+            state[f"{prefix}_{norms[name]}.{of_norm}"] = rng.uniform(0.5, 1, len(array)).astype("float32")
     return state
 
 
@@ -302,17 +312,23 @@ def test_a_state_dict_fills_efficientnet_lite_whole_or_is_refused() -> None:
     assert len(state) == 245 + 2
     architectures.load_weights(model, "efficientnet_lite0", torch_file(state, legacy=True))
     variables = {"/".join(variable.path.split("/")[-2:]): variable.numpy() for variable in model.weights}
-    np.testing.assert_array_equal(
+    # Normalization in inference mode: (x - mean) / sqrt(variance + epsilon) * weight + bias.
+    norm = {kind: state[f"_blocks.3._bn1.{kind}"] for kind in ("weight", "bias", "running_mean", "running_var")}
+    scale = norm["weight"] / np.sqrt(norm["running_var"] + 1e-3)
+    np.testing.assert_allclose(
         variables["blocks_3_depthwise_conv/kernel"][..., 0],
-        state["_blocks.3._depthwise_conv.weight"][:, 0].transpose(1, 2, 0),
+        state["_blocks.3._depthwise_conv.weight"][:, 0].transpose(1, 2, 0) * scale,
+        rtol=1e-6,
     )
-    np.testing.assert_array_equal(variables["bn1/moving_variance"], state["_bn1.running_var"])
+    np.testing.assert_allclose(
+        variables["blocks_3_depthwise_conv/bias"], norm["bias"] - norm["running_mean"] * scale, rtol=1e-5, atol=1e-6
+    )
     rule = r"^--weights must hold the weights of efficientnet_lite0 without its classifier\. Received: \d+ bytes: "
     for changes, reason in (
-        ({"_bn1.running_var": None}, "1 weights are missing or too many: bn1/moving_variance"),
-        ({"_bn2.bias": state["_bn1.bias"]}, "1 weights are missing or too many: bn2/beta"),
-        ({"_bn1.bias": state["_bn0.bias"]}, r"bn1/beta has shape \(32,\), not \(1280,\)"),
-        ({"_bn1.bias": state["_bn1.bias"] * np.nan}, "1 of 245 weights missing or not finite: bn1/beta"),
+        ({"_bn1.running_var": None}, "'_bn1.running_var'"),
+        ({"_bn2.bias": state["_bn1.bias"]}, "1 weights too many: _bn2.bias"),
+        ({"_bn1.bias": state["_bn0.bias"]}, r"operands could not be broadcast together with shapes \(32,\) \(1280,\)"),
+        ({"_bn1.bias": state["_bn1.bias"] * np.nan}, r"1 of 98 weights missing or not finite: \S*conv_head/bias"),
     ):
         changed = {name: array for name, array in {**state, **changes}.items() if array is not None}
         with pytest.raises(UsageError, match=rule + reason):

@@ -109,18 +109,23 @@ def keras_arrays(state: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[An
 
     Raises:
         LookupError: a convolution lacks its normalization, or is none of this network's.
+        ValueError: a tensor is none of this network's, or has another shape than it should have.
     """
     arrays = {}
+    unknown = {path for path in state if not path.startswith("_fc.") and not path.endswith(".num_batches_tracked")}
     for path, weight in state.items():
         module = path.rpartition(".")[0]
         if weight.ndim != 4:
             continue
         prefix, dot, name = module.rpartition(".")
         norm = f"{prefix}{dot}{_NORMALIZED_BY[name]}."
+        unknown -= {path, *(norm + kind for kind in ("weight", "bias", "running_mean", "running_var"))}
         scale = state[norm + "weight"] / np.sqrt(state[norm + "running_var"] + BATCHNORM_EPSILON)
         layer = module.replace("._", "_").replace(".", "_").removeprefix("_")
         # (out, in, H, W) to (H, W, in, out), but (H, W, in, 1) where each channel has its own kernel.
         axes = (2, 3, 0, 1) if name == "_depthwise_conv" else (2, 3, 1, 0)
         arrays[f"{layer}/kernel"] = np.transpose(weight * scale[:, None, None, None], axes)
         arrays[f"{layer}/bias"] = state[norm + "bias"] - state[norm + "running_mean"] * scale
+    if unknown:
+        raise ValueError(f"{len(unknown)} weights too many: {min(unknown)}")
     return arrays
