@@ -112,6 +112,8 @@ def bench_train(record: Record) -> list[str]:
         f"  bare processes  {figures['ray_efficiency']} of theirs (goal: at least {goals['ray_efficiency']})",
         f"  one worker      {figures['scaling_efficiency']} of its with each of {workers} "
         f"(goal: at least {goals['scaling_efficiency']})",
+        f"  side by side    {figures['sharing_efficiency']} of those of {workers} that share nothing "
+        f"(goal: at least {goals['sharing_efficiency']})",
         "Share of the time in which workers wait for images:",
         f"  in memory       {figures['input_share_in_memory']} (goal: below {goals['input_share_in_memory']})",
         f"  streamed        {figures['input_share_streamed']} (goal: below {goals['input_share_streamed']})",

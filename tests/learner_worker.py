@@ -6,7 +6,6 @@ Takes a few steps on a fixed set of images, each worker on its share of every ba
 import json
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +16,6 @@ ARCHS = ("plain", "normalized")
 NUM_STEPS, BATCH_SIZE, IMAGE_SIZE, CROP_SIZE = 6, 9, 48, 40
 
 Arrays = dict[str, npt.NDArray[Any]]
-
-
-def register() -> None:
-    """Two small architectures.
-
-    In `plain` the images of a batch do not meet, so that its gradients do not depend on who has which; in `normalized`
-    they do.
-    """
-    from keras import layers
-
-    from catdog.architectures import ARCHITECTURES, Architecture, fast_layers
-
-    def plain(x: Any) -> Any:
-        x = layers.Conv2D(8, 3, strides=2, activation="tanh")(x)
-        return layers.Dense(16, activation="tanh")(layers.GlobalAveragePooling2D()(layers.MaxPooling2D()(x)))
-
-    def normalized(x: Any) -> Any:
-        return plain(fast_layers.batch_normalization()(layers.Conv2D(4, 3)(x)))
-
-    recipe = replace(ARCHITECTURES["resnet"].recipe, learning_rate=1e-3)
-    without = replace(recipe, cutmix_area=0.0)
-    ARCHITECTURES["plain"] = Architecture("plain", plain, fixed_size=False, recipe=without)
-    ARCHITECTURES["normalized"] = Architecture("normalized", normalized, fixed_size=False, recipe=recipe)
 
 
 def steps(arch: str, rank: int, num_workers: int) -> Arrays:
@@ -85,11 +61,14 @@ def steps(arch: str, rank: int, num_workers: int) -> Arrays:
 def main(rank: int, ports: list[str], output: Path) -> None:
     addresses = [f"127.0.0.1:{port}" for port in ports]
     os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}})
+    import small_architectures
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    register()
+    from catdog.architectures import ARCHITECTURES
+
+    ARCHITECTURES.update(small_architectures.made())
     found = {f"{arch}/{name}": array for arch in ARCHS for name, array in steps(arch, rank, len(ports)).items()}
     np.savez(output, **found)
 

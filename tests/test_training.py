@@ -5,31 +5,48 @@ import csv
 import dataclasses
 import io
 import json
+import logging
 import os
+import queue
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
+import small_architectures
 from PIL import Image
 
-from catdog import architectures, bundle, cli, drawings, images
+from catdog import architectures, bundle, drawings, images
 from catdog.config import PrepareConfig, TrainConfig, to_dict
 from catdog.dataset import prepare
 from catdog.dataset.reading import load_info
 from catdog.errors import DatasetError, OutputRefusedError, TrainingError, UsageError
-from catdog.training import checkpoint, loop, train
+from catdog.training import checkpoint, feed, loop, progress, train
+from catdog.training.feed import Share
+from catdog.training.progress import Teller, Tick
+from catdog.training.recorder import Recorder
+from catdog.training.step import Learner
+from catdog.training.trainer import resolve
 
-SMALL: dict[str, Any] = {"arch": "cnn", "image_size": 48, "batch_size": 15, "num_workers": 2, "learning_rate": 5e-4}
+SIZE, BATCH_SIZE = 48, 15
+SMALL: dict[str, Any] = {
+    "arch": "cnn",
+    "image_size": SIZE,
+    "batch_size": BATCH_SIZE,
+    "num_workers": 2,
+    "learning_rate": 5e-4,
+}
 """An odd batch: the workers' shares differ. The network has dropout, which draws at random."""
 
 NUM_EPOCHS, STEPS_PER_EPOCH, CHECKPOINT_STEPS = 3, 5, 2
@@ -52,7 +69,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
             drawings.draw(label, [index]).save(root / label / f"{index}.jpg", quality=90)
     output = tmp_path_factory.mktemp("dataset") / "data"
     prepare(PrepareConfig(images=str(root), output=str(output), val_fraction=0.25, test_fraction=0.05))
-    assert load_info(str(output)).num_images("train") // SMALL["batch_size"] == STEPS_PER_EPOCH
+    assert load_info(str(output)).num_images("train") // BATCH_SIZE == STEPS_PER_EPOCH
     return str(output)
 
 
@@ -74,9 +91,44 @@ def tensorboard_steps(output: Path) -> dict[str, list[int]]:
     return {tag: [event.step for event in events.Tensors(tag)] for tag in events.Tags()["tensors"]}
 
 
+def command(config: TrainConfig) -> list[str]:
+    """A command line that trains so."""
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in to_dict(config).items() if value is not None]
+    switches = [flag for flag in flags if not flag.endswith(("=True", "=False"))]  # those have their defaults
+    return [sys.executable, "-c", "import sys; from catdog.cli import main; sys.exit(main())", "train", *switches]
+
+
+@dataclasses.dataclass(frozen=True)
+class FullDisk:
+    """A training that is to fill its disk, on its way."""
+
+    process: subprocess.Popen[str]
+    kept: Path
+    """Where its output is copied to."""
+
+
 @pytest.fixture(scope="module")
-def trained(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed training."""
+def full_disk(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FullDisk | None]:
+    """On a file system of its own and of Ray's, its children's; None where there can be none."""
+    root = tmp_path_factory.mktemp("full")
+    disk, kept = root / "disk", root / "kept"
+    for directory in (disk, kept):
+        directory.mkdir()
+    isolated = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    mount = 'mount -t tmpfs -o size=12m tmpfs "$0"'  # a checkpoint has 5 MB
+    if shutil.which("unshare") is None or subprocess.run([*isolated, mount, disk], capture_output=True).returncode:
+        yield None
+        return
+    script = f'{mount}; kept="$1"; shift; "$@"; code=$?; cp -R "$0/." "$kept"; exit $code'
+    line = [*isolated, script, str(disk), str(kept), *command(config(dataset, disk))]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        yield FullDisk(process, kept)
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def trained(dataset: str, full_disk: FullDisk | None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed training. (`full_disk` runs beside it, to save time.)"""
     output = tmp_path_factory.mktemp("trained") / "model"
     record = train(config(dataset, output))
     assert not record["resumed"]
@@ -85,9 +137,9 @@ def trained(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_training_writes_a_bundle_its_history_and_its_curves(trained: Path, dataset: str) -> None:
     loaded = bundle.load(str(trained))
-    assert (loaded.card["arch"], loaded.image_size, loaded.card["epochs_trained"]) == ("cnn", 48, NUM_EPOCHS)
+    assert (loaded.card["arch"], loaded.image_size, loaded.card["epochs_trained"]) == ("cnn", SIZE, NUM_EPOCHS)
     assert loaded.card["data_digest"] == load_info(dataset).digest
-    assert loaded.card["training_config"]["batch_size"] == 15
+    assert loaded.card["training_config"]["batch_size"] == BATCH_SIZE
     bundle.load_model(loaded)
 
     history = read_history(trained)
@@ -105,7 +157,7 @@ def test_validation_counts_every_image_once(trained: Path, dataset: str) -> None
     # The bundle's own model, image by image in one process, gives what the two workers reported together.
     loaded = bundle.load(str(trained))
     rows = pq.read_table(Path(dataset) / "val").to_pylist()
-    pixels_BHWC = np.stack([images.decode(row["image"], 48).pixels_HWC for row in rows]).astype("float32")
+    pixels_BHWC = np.stack([images.decode(row["image"], SIZE).pixels_HWC for row in rows]).astype("float32")
     labels_B = np.array([row["label"] for row in rows])
     logits_B = np.asarray(architectures.logits_model(bundle.load_model(loaded))(pixels_BHWC))[:, 0]
     losses_B = np.logaddexp(0, np.where(labels_B == 1, -logits_B, logits_B))
@@ -184,62 +236,138 @@ def test_more_workers_than_the_cluster_holds_are_refused(
     assert json.loads((tmp_path / "model" / "train.json").read_text())["config"]["epochs"] == 9
 
 
-def test_weights_of_another_network_are_one_line_and_no_bundle(
-    dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, architecture in small_architectures.made().items():
+        monkeypatch.setitem(architectures.ARCHITECTURES, name, architecture)
+    yield
+    keras.config.set_dtype_policy("float32")
+
+
+@contextlib.contextmanager
+def only_worker(config: TrainConfig, *, weights: bytes | None = None) -> Iterator[tuple[loop._Worker, Learner]]:
+    """The one worker of a group, in this process: up to the end of its first epoch it has no need of Ray Train."""
+    config = resolve(config)
+    info = load_info(config.data)
+    train_source, val_source = (feed.source(info, split, SIZE, in_memory=True) for split in ("train", "val"))
+    plan = loop.Plan(
+        config=config,
+        steps_per_epoch=STEPS_PER_EPOCH,
+        train=train_source,
+        val=val_source,
+        weights=None if weights is None else ray.put(weights),
+        card={},
+        progress=queue.SimpleQueue(),
+    )
+    share = Share(rank=0, num_workers=1, batch_size=BATCH_SIZE)
+    learner = Learner(config, share, steps_per_epoch=STEPS_PER_EPOCH, precision="float32")
+    with Recorder(config.output) as recorder:
+        yield loop._Worker(plan, share, learner, recorder), learner
+
+
+def weights_file(model: keras.Model, path: Path) -> bytes:
+    model.save_weights(path)
+    return path.read_bytes()
+
+
+def test_a_pretrained_backbone_is_loaded_once_and_then_is_in_the_checkpoint(
+    small: None, dataset: str, tmp_path: Path
 ) -> None:
-    # The first worker finds out, while the other one waits for it.
-    path = tmp_path / "other.weights.h5"
-    architectures.build_model("resnet", 32).save_weights(path)
-    flags = {"data": dataset, "output": tmp_path / "model", **SMALL, "arch": "efficientnet_lite0", "weights": path}
-    assert cli.main(["train", *(f"--{name.replace('_', '-')}={value}" for name, value in flags.items())]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "Traceback" not in err
-    expected = "error: --weights must hold the weights of efficientnet_lite0 without its classifier. Received: "
-    assert err.splitlines()[-1].startswith(expected)
-    assert [found.name for found in (tmp_path / "model").iterdir()] == ["train.json"]
+    published = architectures.backbone_layer(architectures.build_model("with_backbone", SIZE))
+    assert published is not None
+    data = weights_file(published, tmp_path / "backbone.weights.h5")
+    fine_tuning = config(dataset, tmp_path / "model", arch="with_backbone", weights="imagenet")
+    states = []
+    for weights in (data, None):  # of the second worker nobody expects that it has them
+        with only_worker(fine_tuning, weights=weights) as (worker, learner):
+            assert worker._restore() == 0
+        for model in (learner.model, learner.average):
+            backbone = architectures.backbone_layer(model)
+            assert backbone is not None
+            for found, expected in zip(backbone.get_weights(), published.get_weights(), strict=True):
+                np.testing.assert_array_equal(found, expected)
+        states.append(learner.state())
+    assert checkpoint.latest_step(fine_tuning.output) == 0
+    for name, arrays in states[0].items():
+        for one, other in zip(arrays, states[1][name], strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_weights_of_another_network_are_refused_before_any_checkpoint(
+    small: None, dataset: str, tmp_path: Path
+) -> None:
+    data = weights_file(architectures.build_model("plain", SIZE), tmp_path / "other.weights.h5")
+    fine_tuning = config(dataset, tmp_path / "model", arch="with_backbone", weights="imagenet")
+    message = r"^--weights must hold the weights of with_backbone without its classifier\. Received: \d+ bytes: "
+    with only_worker(fine_tuning, weights=data) as (worker, _), pytest.raises(UsageError, match=message):
+        worker.run()
+    assert not (tmp_path / "model").exists()
+
+
+NOT_FINITE = r"^the loss must stay finite; .* The last good checkpoint is kept\. Received: loss=(nan|inf) in epoch 1$"
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_and_keeps_the_last_good_checkpoint(
-    dataset: str, tmp_path: Path
+    small: None, dataset: str, tmp_path: Path
 ) -> None:
-    message = r"^the loss must stay finite; .* The last good checkpoint is kept\. Received: loss=(nan|inf) in epoch 1$"
-    with pytest.raises(TrainingError, match=message):
-        train(config(dataset, tmp_path / "model", learning_rate=1e30, checkpoint_steps=1))
-    kept = checkpoint.load_latest(str(tmp_path / "model"))
+    diverging = config(dataset, tmp_path / "model", arch="plain", learning_rate=1e37, checkpoint_steps=1)
+    with only_worker(diverging) as (worker, _), pytest.raises(TrainingError, match=NOT_FINITE):
+        worker.run()
+    kept = checkpoint.load_latest(diverging.output)
     assert kept is not None
-    assert kept.step == 1
+    assert kept.step >= 1
     assert all(np.isfinite(array).all() for arrays in kept.arrays.values() for array in arrays)
-    assert not (tmp_path / "model" / "bundle.json").exists()
 
 
-def command(config: TrainConfig) -> list[str]:
-    """A command line that trains so."""
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in to_dict(config).items() if value is not None]
-    switches = [flag for flag in flags if not flag.endswith(("=True", "=False"))]  # those have their defaults
-    return [sys.executable, "-c", "import sys; from catdog.cli import main; sys.exit(main())", "train", *switches]
+def test_weights_that_are_not_finite_end_every_worker_and_are_never_saved(
+    small: None, dataset: str, tmp_path: Path
+) -> None:
+    diverging = config(dataset, tmp_path / "model", arch="plain", checkpoint_steps=1)
+    with only_worker(diverging) as (worker, learner):
+        # The first step's loss is fine, and its update is not.
+        momentum = next(variable for variable in learner.optimizer.variables if len(variable.shape) > 1)
+        momentum.assign(np.full(momentum.shape, np.nan))
+        with pytest.raises(TrainingError, match=NOT_FINITE):
+            worker.run()
+        # One that is not the first, and saves nothing, must not go on and wait for it.
+        other = loop._Worker(worker._plan, worker._share, learner, None)
+        with pytest.raises(TrainingError, match=NOT_FINITE):
+            other._save_checkpoint(1, {})
+    assert checkpoint.latest_step(diverging.output) == -1
+
+
+def test_a_training_goes_on_unheard_where_the_queue_of_its_progress_dies(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="catdog")
+    tick = Tick(epoch=2, num_epochs=3, step=4, steps_per_epoch=5, loss=0.25, images_per_s=1234.5, eta_s=4000)
+    with progress.followed() as channel:
+        teller = Teller(channel)
+        assert not teller.is_due()
+        teller.tell(tick)
+        deadline = time.monotonic() + 60
+        while not caplog.messages and time.monotonic() < deadline:
+            time.sleep(0.05)
+        ray.kill(channel.actor)
+        teller.tell(tick)
+        teller.tell(tick)
+    assert caplog.messages == ["Epoch 2/3, step 4/5: loss 0.2500; 1,234 images/s, 67 min left"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (89, "89 s"), (95, "2 min"), (5000, "83 min"), (11_100, "3 h 05 min")]
+)
+def test_durations_are_short(seconds: float, text: str) -> None:
+    assert progress.duration(seconds) == text
 
 
 @pytest.fixture(scope="module")
-def after_a_full_disk(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def after_a_full_disk(full_disk: FullDisk | None) -> tuple[Path, str]:
     """The output of a training whose file system had no space for a third checkpoint, and what it said."""
-    root = tmp_path_factory.mktemp("full")
-    disk, kept = root / "disk", root / "kept"
-    for directory in (disk, kept):
-        directory.mkdir()
-    # A mount of the process's own and of Ray's, its children; what lies there is copied before it goes.
-    isolated = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
-    mount = 'mount -t tmpfs -o size=12m tmpfs "$0"'  # a checkpoint has 5 MB
-    with contextlib.suppress(FileNotFoundError):
-        probe = subprocess.run([*isolated, mount, str(disk)], capture_output=True)
-        if probe.returncode == 0:
-            script = f'{mount}; kept="$1"; shift; "$@"; code=$?; cp -R "$0/." "$kept"; exit $code'
-            line = [*isolated, script, str(disk), str(kept), *command(config(dataset, disk))]
-            run = subprocess.run(line, capture_output=True, text=True)
-            assert run.returncode == 1, run.stderr
-            assert run.stdout == ""
-            return kept, run.stderr
-    pytest.skip("needs Linux's user namespaces")
+    if full_disk is None:
+        pytest.skip("needs Linux's user namespaces")
+    out, err = full_disk.process.communicate()
+    assert full_disk.process.returncode == 1, err
+    assert out == ""
+    return full_disk.kept, err
 
 
 def test_a_full_disk_is_one_clear_error_and_the_last_good_checkpoint_stays(
@@ -301,26 +429,70 @@ def wait_until_nothing_changes(output: Path) -> None:
         time.sleep(2)
 
 
-def test_with_fewer_cpus_than_workers_it_starts_with_fewer_and_streams(
-    dataset: str, trained: Path, tmp_path: Path
+@contextlib.contextmanager
+def joined_node(num_cpus: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A node that joins the cluster of this module."""
+    address = ray.get_runtime_context().gcs_address
+    line = [Path(sys.executable).parent / "ray", "start", f"--address={address}", f"--num-cpus={num_cpus}", "--block"]
+    line += ["--object-store-memory=200000000"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(line, start_new_session=True, **quiet) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def test_it_goes_on_with_as_many_workers_as_there_is_room_for_and_streams(
+    dataset: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Its workers hold all 3 CPUs of the cluster: none is left for the tasks that decode what they stream.
-    seen = tmp_path / "workers"
+    # Workers hold all CPUs of the cluster, 3 and for a while 4: none is left for tasks that decode what they stream.
+    monkeypatch.setattr("catdog.training.trainer.RESIZE_INTERVAL_S", 2.0)
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
+    output, seen = tmp_path / "model", tmp_path / "workers"
     seen.mkdir()
 
     def watched(settings: dict[str, Any]) -> None:
+        feed.PATIENCE_S = 1.0  # type: ignore[misc]
+        save = checkpoint.save
+
+        def save_and_wait(url: str, state: checkpoint.Checkpoint) -> None:
+            save(url, state)
+            while not (seen / "node gone").exists():
+                time.sleep(0.1)
+
+        checkpoint.save = save_and_wait
         context = ray.train.get_context()
         (seen / f"{context.get_world_rank()} of {context.get_world_size()}").touch()
         loop.train_loop(settings)
 
-    started = config(dataset, tmp_path / "model", num_workers=4, min_workers=1)
+    def wait_for(happened: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 300
+        while not happened() and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    def come_and_go() -> None:
+        wait_for(lambda: checkpoint.latest_step(str(output)) > 0)
+        reached = checkpoint.latest_step(str(output))
+        with joined_node(num_cpus=1):
+            wait_for(lambda: checkpoint.latest_step(str(output)) > reached)
+        (seen / "node gone").touch()
+
+    started = config(dataset, output, num_workers=4, min_workers=1)
+    node = threading.Thread(target=come_and_go)
+    node.start()
     record = train(started, in_memory=False, train_loop=watched)
-    assert {path.name for path in seen.iterdir()} == {"0 of 3", "1 of 3", "2 of 3"}
+    node.join()
+    assert {path.name for path in seen.iterdir()} == {
+        *(f"{rank} of {size}" for size in (3, 4) for rank in range(size)),
+        "node gone",
+    }
     assert record["epochs_trained"] == NUM_EPOCHS
-    ours, theirs = read_history(tmp_path / "model")[-1], read_history(trained)[-1]
+    ours, theirs = read_history(output)[-1], read_history(trained)[-1]
     for name in ("train_loss", "val_loss"):
         assert ours[name] == pytest.approx(theirs[name], abs=0.15), name
-    bundle.load_model(bundle.load(str(tmp_path / "model")))
+    bundle.load_model(bundle.load(str(output)))
 
 
 def test_a_configuration_has_no_field_left_to_the_recipe(dataset: str, trained: Path) -> None:

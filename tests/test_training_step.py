@@ -4,7 +4,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ import learner_worker
 import numpy as np
 import numpy.typing as npt
 import pytest
-from keras import layers
+import small_architectures
 from learner_worker import Arrays
 
 from catdog import architectures
-from catdog.architectures import ARCHITECTURES, Architecture
-from catdog.architectures.backbones import Backbone, KerasWeights
+from catdog.architectures import ARCHITECTURES
 from catdog.config import TrainConfig
 from catdog.training.feed import Share
 from catdog.training.step import Learner, resolve_precision
@@ -53,19 +51,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Arrays]:
         for rank, output in enumerate(outputs)
     ]
     errors = [worker.communicate(timeout=500)[1] for worker in workers]
-    for worker, error in zip(workers, errors, strict=True):
-        assert worker.returncode == 0, error
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
     return [dict(np.load(output)) for output in outputs]
 
 
-@pytest.fixture
-def small_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in learner_worker.ARCHS:
-        monkeypatch.setitem(ARCHITECTURES, name, ARCHITECTURES["cnn"])  # goes again, with what takes its place
-    learner_worker.register()
-
-
-def test_two_workers_compute_what_one_computes(pair: list[Arrays], small_architectures: None) -> None:
+def test_two_workers_compute_what_one_computes(pair: list[Arrays]) -> None:
     alone = learner_worker.steps("plain", 0, 1)
     for worker in pair:
         for name, array in alone.items():
@@ -100,28 +90,10 @@ def test_auto_precision_follows_the_hardware() -> None:
 # One worker, in this process.
 
 
-def tiny_network() -> keras.Model:
-    pixels = keras.Input((None, None, 3))
-    x = layers.Conv2D(4, 3, strides=2, use_bias=False)(pixels)
-    x = layers.BatchNormalization()(x)
-    return keras.Model(pixels, layers.Dropout(0.5)(layers.ReLU()(x)))
-
-
-def tiny_features(x: Any) -> Any:
-    x = layers.BatchNormalization()(layers.Conv2D(4, 3, strides=2)(x))
-    return layers.Dropout(0.3)(layers.GlobalAveragePooling2D()(layers.ReLU()(x)))
-
-
 @pytest.fixture(autouse=True)
-def tiny_architectures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`tiny`, with normalization, dropout and cutmix, and `tiny_backbone`, that stands for published networks."""
-    weights = KerasWeights(path="nowhere", digest=None)
-    backbone = Backbone(build=tiny_network, mean_rgb=(127.0,) * 3, std_rgb=(128.0,) * 3, weights=weights)
-    recipe = replace(ARCHITECTURES["efficientnet_lite0"].recipe, epochs=2, learning_rate=0.01)
-    with_backbone = Architecture("tiny_backbone", backbone.features, False, recipe, backbone)
-    monkeypatch.setitem(ARCHITECTURES, "tiny_backbone", with_backbone)
-    recipe = replace(ARCHITECTURES["resnet"].recipe, average_decay=0.3, learning_rate=0.01)
-    monkeypatch.setitem(ARCHITECTURES, "tiny", Architecture("tiny", tiny_features, False, recipe))
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, architecture in small_architectures.made().items():
+        monkeypatch.setitem(ARCHITECTURES, name, architecture)
     yield
     keras.config.set_dtype_policy("float32")
 
@@ -149,7 +121,7 @@ def floats(model: keras.Model) -> list[npt.NDArray[np.float32]]:
 
 
 def test_the_average_follows_its_formula() -> None:
-    learner = learner_of("tiny")
+    learner = learner_of("mixed")
     expected = floats(learner.model)
     for array, start in zip(floats(learner.average), expected, strict=True):
         np.testing.assert_array_equal(array, start)
@@ -170,19 +142,19 @@ def test_the_average_follows_its_formula() -> None:
 
 
 def test_logits_are_those_of_the_average_with_both_mirror_images() -> None:
-    learner = learner_of("tiny")
+    learner = learner_of("mixed")
     take_steps(learner, range(3))
     images = np.random.default_rng(0).integers(0, 256, (5, SIZE, SIZE, 3)).astype(np.uint8)
     model = architectures.logits_model(learner.average)
     both = [np.asarray(model(way.astype(np.float32)))[:, 0] for way in (images, images[:, :, ::-1])]
     np.testing.assert_allclose(learner.logits(images), np.mean(both, axis=0), rtol=1e-5, atol=1e-6)
-    saved = architectures.exported(learner.average, "tiny")
+    saved = architectures.exported(learner.average, "mixed")
     found = np.asarray(architectures.logits_model(saved)(images.astype(np.float32)))[:, 0]
     np.testing.assert_allclose(found, learner.logits(images), rtol=2e-3, atol=2e-3)  # its kernels are rounded
 
 
 def test_a_head_that_learns_alone_leaves_the_backbone_as_it_was() -> None:
-    learner = learner_of("tiny_backbone", weights="imagenet", head_epochs=1)
+    learner = learner_of("with_backbone", weights="imagenet", head_epochs=1)
     backbone = architectures.backbone_layer(learner.model)
     assert backbone is not None
     head = [variable for variable in learner.model.trainable_variables if variable.path.startswith("logits/")]
@@ -213,33 +185,33 @@ def test_a_head_that_learns_alone_leaves_the_backbone_as_it_was() -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_from_a_saved_state_the_next_steps_are_the_same_bit_for_bit(precision: str) -> None:
-    learner = learner_of("tiny", precision=precision)
+    learner = learner_of("mixed", precision=precision)
     take_steps(learner, range(3))
     saved = {name: [array.copy() for array in arrays] for name, arrays in learner.state().items()}
     totals = take_steps(learner, range(3, 6))
     ended = learner.state()
 
-    other = learner_of("tiny", precision=precision)
+    other = learner_of("mixed", precision=precision)
     other.load_state(saved)
     np.testing.assert_array_equal(take_steps(other, range(3, 6)), totals)
     for name, arrays in other.state().items():
         for array, expected in zip(arrays, ended[name], strict=True):
             np.testing.assert_array_equal(array, expected, err_msg=name)
     # A step draws by its number.
-    third = learner_of("tiny", precision=precision)
+    third = learner_of("mixed", precision=precision)
     third.load_state(saved)
     assert not np.array_equal(take_steps(third, range(4, 5)), totals[:1])
 
 
 def test_a_state_of_another_model_is_refused() -> None:
-    learner = learner_of("tiny")
+    learner = learner_of("mixed")
     state = learner.state()
     state["model"][0] = state["model"][0][..., :1]
     with pytest.raises(ValueError, match="shape"):
         learner.load_state(state)
 
 
-def test_without_augmentation_a_step_sees_the_images_as_they_are(small_architectures: None) -> None:
+def test_without_augmentation_a_step_sees_the_images_as_they_are() -> None:
     learner = learner_of("plain", augment=False)
     rng = np.random.default_rng(1)
     images = rng.integers(0, 256, (BATCH_SIZE, SIZE, SIZE, 3)).astype(np.uint8)

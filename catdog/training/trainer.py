@@ -1,4 +1,4 @@
-"""The driver of a training: checks, Ray Data pipelines, the trainer around the workers' loop, the record."""
+"""The driver of a training: checks, what the workers get, starting them again when they fail, the record."""
 
 from __future__ import annotations
 
@@ -46,6 +46,9 @@ _NOT_THE_RESULT: Final = (
 RESOURCES_TIMEOUT_S: Final = 10
 """For nodes that are just joining the cluster."""
 
+RESIZE_INTERVAL_S: Final = 60.0
+"""How often a training with fewer workers than asked for looks for room for more of them."""
+
 _LIBRARIES: Final = ("keras", "numpy", "pillow", "ray", "tensorflow")
 
 
@@ -77,6 +80,8 @@ def train(config: TrainConfig, *, in_memory: bool | None = None, train_loop: Tra
     if is_done:
         logger.info("%s holds this very model already", config.output)
     else:
+        if architectures.architecture(config.arch).has_backbone and config.weights == "none":
+            logger.warning("%s is made to be fine-tuned: from random weights it learns badly", config.arch)
         weights = architectures.fetch_weights(config.arch, config.weights or "none")
         if not resumed:
             record = {"fingerprint": fingerprint, "config": to_dict(config)}
@@ -235,6 +240,7 @@ def _fit(plan: Any, train_loop: TrainLoop, scratch: str) -> None:
                 num_workers=num_workers if config.min_workers is None else (config.min_workers, num_workers),
                 use_gpu=config.use_gpu,
                 resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": 1} if config.use_gpu else {})},
+                elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
             ),
             # Checkpoints are our own (catdog.training.checkpoint), and so are the restarts, which Ray Train would count
             # over the whole training: it keeps only its bookkeeping here.
@@ -282,7 +288,7 @@ def _own_error(error: Exception) -> CatdogError | None:
     for failure in getattr(error, "worker_failures", {}).values():
         cause: BaseException | None = failure
         while cause is not None and not isinstance(cause, CatdogError):
-            # Ray wraps what a worker raised, and what a Ray Data task raised for it, each in a way of its own.
+            # Ray wraps what a worker raised, in more than one way.
             cause = getattr(cause, "_base_exc", None) or getattr(cause, "cause", None) or cause.__cause__
         if cause is not None:
             return cause
