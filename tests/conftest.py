@@ -1,5 +1,6 @@
 """Fixtures that several test modules share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,3 +15,17 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("needs the photographs of ../shared/data, which are not here")
     return path
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The architectures of `small_architectures`, known by their names."""
+    import keras
+    import small_architectures
+
+    from catdog.architectures import ARCHITECTURES
+
+    for name, architecture in small_architectures.made().items():
+        monkeypatch.setitem(ARCHITECTURES, name, architecture)
+    yield
+    keras.config.set_dtype_policy("float32")

@@ -24,7 +24,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
-import small_architectures
 from PIL import Image
 
 from catdog import architectures, bundle, drawings, images
@@ -236,14 +235,6 @@ def test_more_workers_than_the_cluster_holds_are_refused(
     assert json.loads((tmp_path / "model" / "train.json").read_text())["config"]["epochs"] == 9
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, architecture in small_architectures.made().items():
-        monkeypatch.setitem(architectures.ARCHITECTURES, name, architecture)
-    yield
-    keras.config.set_dtype_policy("float32")
-
-
 @contextlib.contextmanager
 def only_worker(config: TrainConfig, *, weights: bytes | None = None) -> Iterator[tuple[loop._Worker, Learner]]:
     """The one worker of a group, in this process: up to the end of its first epoch it has no need of Ray Train."""
@@ -430,7 +421,7 @@ def wait_until_nothing_changes(output: Path) -> None:
 
 
 @contextlib.contextmanager
-def joined_node(num_cpus: int) -> Iterator[subprocess.Popen[bytes]]:
+def joined_node(num_cpus: int) -> Iterator[None]:
     """A node that joins the cluster of this module."""
     address = ray.get_runtime_context().gcs_address
     line = [Path(sys.executable).parent / "ray", "start", f"--address={address}", f"--num-cpus={num_cpus}", "--block"]
@@ -438,10 +429,9 @@ def joined_node(num_cpus: int) -> Iterator[subprocess.Popen[bytes]]:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(line, start_new_session=True, **quiet) as process:
         try:
-            yield process
+            yield
         finally:
             process.terminate()
-            process.wait()
 
 
 def test_it_goes_on_with_as_many_workers_as_there_is_room_for_and_streams(

@@ -1,9 +1,6 @@
-import contextlib
 import os
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +9,27 @@ import learner_worker
 import numpy as np
 import numpy.typing as npt
 import pytest
-import small_architectures
 from learner_worker import Arrays
 
 from catdog import architectures
 from catdog.architectures import ARCHITECTURES
+from catdog.bench import processes
 from catdog.config import TrainConfig
 from catdog.training.feed import Share
 from catdog.training.step import Learner, resolve_precision
 from catdog.training.trainer import resolve
 
+pytestmark = pytest.mark.usefixtures("small")
+
 WORKER = Path(learner_worker.__file__)
 SIZE, BATCH_SIZE, STEPS_PER_EPOCH = 32, 8, 4
-
-
-def free_ports(num: int) -> list[str]:
-    """Ports on which nobody listens."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(num)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [str(each.getsockname()[1]) for each in sockets]
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Arrays]:
     """What each of two workers ended with, of every architecture: `plain/after-model-0`."""
     directory = tmp_path_factory.mktemp("pair")
-    ports = ",".join(free_ports(2))
+    ports = ",".join(map(str, processes.free_ports(2)))
     outputs = [directory / f"{rank}.npz" for rank in range(2)]
     workers = [
         subprocess.Popen(
@@ -88,14 +78,6 @@ def test_auto_precision_follows_the_hardware() -> None:
 
 
 # One worker, in this process.
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, architecture in small_architectures.made().items():
-        monkeypatch.setitem(ARCHITECTURES, name, architecture)
-    yield
-    keras.config.set_dtype_policy("float32")
 
 
 def learner_of(arch: str, *, precision: str = "float32", **changes: Any) -> Learner:
