@@ -6,7 +6,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,20 +22,13 @@ import pytest
 from ray._private.runtime_env import packaging
 
 from catdog import drawings, storage
+from catdog.bench import processes
 from catdog.schema import CLASS_NAMES
 
 PROJECT = Path(__file__).resolve().parents[1]
 NUM_PICTURES = 64
 
 Submit = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for free in sockets:
-            free.bind(("127.0.0.1", 0))
-        return [free.getsockname()[1] for free in sockets]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +42,7 @@ def submit() -> Iterator[Submit]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
-    gcs, dashboard, agent, agent_grpc, client = free_ports(5)
+    gcs, dashboard, agent, agent_grpc, client = processes.free_ports(5)
     temporary = tempfile.mkdtemp(prefix="ray")  # pytest's own are too long for the names of Ray's sockets
     address = f"http://127.0.0.1:{dashboard}"
     command = [
