@@ -1,4 +1,4 @@
-# `make demo`, `make test`, `make check`: from a bare machine with Python 3.11 or newer, and make.
+# `make demo`, `make test`, `make check`: from a bare machine with Python 3.11 to 3.13, and make.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -27,9 +27,9 @@ default-model: $(INSTALLED)
 	rm catdog/default_model/train.json
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "catdog needs Python 3.11 or newer: make PYTHON=/path/to/python3.11. Received: $$($(PYTHON) --version 2>&1)" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "catdog needs Python 3.11 to 3.13: make PYTHON=/path/to/python3.13. Received: $$($(PYTHON) --version 2>&1)" >&2; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 

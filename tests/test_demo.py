@@ -46,7 +46,8 @@ def test_demo_learns_the_drawings_and_leaves_other_files_alone(
 ) -> None:
     output = tmp_path / "demo"
     (output / "model").mkdir(parents=True)
-    for name in ("demo.json", "model/of-an-earlier-demo", "notes.txt"):
+    (output / "demo.json").write_text('{"command": "demo"}')
+    for name in ("model/of-an-earlier-demo", "notes.txt"):
         (output / name).write_text("{}")
     line = [sys.executable, "-c", "import sys; from catdog.cli import main; sys.exit(main())", "demo"]
     run = subprocess.run([*line, "--output", str(output), "--json"], capture_output=True, text=True, timeout=500)
@@ -90,13 +91,14 @@ def test_demo_learns_the_drawings_and_leaves_other_files_alone(
     assert capsys.readouterr().err.startswith("error: model/model.keras is damaged: its SHA-256 must be ")
 
 
-def test_demo_refuses_what_is_no_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "thesis.txt").write_text("mine")
+@pytest.mark.parametrize("name", ["thesis.txt", "demo.json"])
+def test_demo_refuses_what_is_no_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    (tmp_path / name).write_text("mine")
     assert cli.main(["demo", "--output", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines()[-1] == (
         "error: --output must be empty, or hold what this command wrote earlier. "
-        f"Received: --output={tmp_path}, which holds thesis.txt"
+        f"Received: --output={tmp_path}, which holds {name}"
     )
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]

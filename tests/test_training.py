@@ -31,7 +31,7 @@ from catdog.config import PrepareConfig, TrainConfig, to_dict
 from catdog.dataset import prepare
 from catdog.dataset.reading import load_info
 from catdog.errors import DatasetError, OutputRefusedError, TrainingError, UsageError
-from catdog.training import checkpoint, feed, loop, progress, train
+from catdog.training import checkpoint, feed, loop, progress, train, trainer
 from catdog.training.feed import Share
 from catdog.training.progress import Teller, Tick
 from catdog.training.recorder import Recorder
@@ -178,11 +178,28 @@ def test_another_configuration_in_the_same_output_is_refused(trained: Path, data
         train(config(dataset, trained, epochs=4))
 
 
-def test_an_output_that_holds_something_else_is_refused(dataset: str, tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(OutputRefusedError, match=r"^--output must be empty"):
+@pytest.mark.parametrize(("name", "text"), [("thesis.txt", "mine"), ("train.json", '{"cat.1.jpg": "cat"}')])
+def test_an_output_that_holds_something_else_is_refused(dataset: str, tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(OutputRefusedError, match=rf"^--output must be empty, .*, which holds {name}$"):
         train(config(dataset, tmp_path))
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    assert [path.read_text() for path in tmp_path.iterdir()] == [text]
+
+
+def test_an_output_that_the_workers_do_not_see_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=rf"^--output must be where every node .* Received: --output={tmp_path}, and"):
+        loop._check_output(str(tmp_path))
+
+
+def test_a_signature_in_the_weights_url_is_not_published_and_may_change(dataset: str, tmp_path: Path) -> None:
+    def configured(url: str) -> TrainConfig:
+        return trainer._redacted(resolve(config(dataset, tmp_path, arch="vgg16", weights=url)))
+
+    one, other = (configured(f"https://user:secret@host/{name}.h5?X-Sig=secret{name}") for name in "ab")
+    assert "secret" not in json.dumps([to_dict(one), to_dict(other)])
+    assert trainer._fingerprint(one, "d") != trainer._fingerprint(other, "d")
+    again = configured("https://user:secret@host/a.h5?X-Sig=another")
+    assert trainer._fingerprint(one, "d") == trainer._fingerprint(again, "d")
 
 
 @pytest.mark.parametrize(
@@ -383,11 +400,14 @@ def test_after_a_full_disk_and_a_kill_within_an_epoch_the_model_is_that_of_an_un
     output = tmp_path / "model"
     shutil.copytree(after_a_full_disk[0], output)
     # With a driver and a Ray of its own.
-    driver = subprocess.Popen(
-        command(config(dataset, output)), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    log = tmp_path / "log"
+    with log.open("w") as said:
+        driver = subprocess.Popen(
+            command(config(dataset, output)), start_new_session=True, stdout=subprocess.DEVNULL, stderr=said
+        )
     try:
-        while checkpoint.latest_step(str(output)) <= STEPS_PER_EPOCH and driver.poll() is None:
+        while checkpoint.latest_step(str(output)) <= STEPS_PER_EPOCH:
+            assert driver.poll() is None, log.read_text()
             time.sleep(0.01)
     finally:
         os.killpg(driver.pid, signal.SIGKILL)
@@ -412,6 +432,31 @@ def test_after_a_full_disk_and_a_kill_within_an_epoch_the_model_is_that_of_an_un
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
 
 
+def test_a_signal_ends_a_training_and_leaves_its_last_checkpoint(dataset: str, tmp_path: Path) -> None:
+    drivers = {}
+    address = ray.get_runtime_context().gcs_address
+    for number in (signal.SIGTERM, signal.SIGINT):
+        endless = config(dataset, tmp_path / number.name, epochs=1000, num_workers=1, ray_address=address)
+        # A suite that a shell started in the background has its children ignore Ctrl-C.
+        drivers[number] = subprocess.Popen(
+            command(endless),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+    for number, driver in drivers.items():
+        output = tmp_path / number.name
+        with driver:
+            while checkpoint.latest_step(str(output)) < 0 and driver.poll() is None:
+                time.sleep(0.05)
+            driver.send_signal(number)
+            out, err = driver.communicate(timeout=120)
+        assert (driver.returncode, out) == (128 + number, ""), err
+        assert "Traceback" not in err
+        assert checkpoint.load_latest(str(output)) is not None
+
+
 def wait_until_nothing_changes(output: Path) -> None:
     """Workers outlive their driver by a moment."""
     before: object = None
@@ -434,17 +479,27 @@ def joined_node(num_cpus: int) -> Iterator[None]:
             process.terminate()
 
 
+def test_workers_that_no_node_holds_are_refused(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("catdog.training.trainer.RESOURCES_TIMEOUT_S", 1)
+    rule = r"^the cluster must have nodes with 4 CPUs for each of 1 workers\. Received: nodes with "
+    with joined_node(num_cpus=2):
+        deadline = time.monotonic() + 60
+        while ray.cluster_resources()["CPU"] < 5 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        with pytest.raises(TrainingError, match=rule + r"[32] CPUs; [32] CPUs$"):
+            train(config(dataset, tmp_path / "model", num_workers=1, cpus_per_worker=4))
+
+
 def test_it_goes_on_with_as_many_workers_as_there_is_room_for_and_streams(
     dataset: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Workers hold all CPUs of the cluster, 3 and for a while 4: none is left for tasks that decode what they stream.
+    # Of 3 CPUs there is room for one worker of two, and with another node for two workers.
     monkeypatch.setattr("catdog.training.trainer.RESIZE_INTERVAL_S", 2.0)
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     output, seen = tmp_path / "model", tmp_path / "workers"
     seen.mkdir()
 
     def watched(settings: dict[str, Any]) -> None:
-        feed.PATIENCE_S = 1.0  # type: ignore[misc]
         save = checkpoint.save
 
         def save_and_wait(url: str, state: checkpoint.Checkpoint) -> None:
@@ -456,6 +511,7 @@ def test_it_goes_on_with_as_many_workers_as_there_is_room_for_and_streams(
         context = ray.train.get_context()
         (seen / f"{context.get_world_rank()} of {context.get_world_size()}").touch()
         loop.train_loop(settings)
+        os.kill(os.getpid(), signal.SIGKILL)  # when the model is there already
 
     def wait_for(happened: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 300
@@ -465,20 +521,18 @@ def test_it_goes_on_with_as_many_workers_as_there_is_room_for_and_streams(
     def come_and_go() -> None:
         wait_for(lambda: checkpoint.latest_step(str(output)) > 0)
         reached = checkpoint.latest_step(str(output))
-        with joined_node(num_cpus=1):
+        with joined_node(num_cpus=2):
             wait_for(lambda: checkpoint.latest_step(str(output)) > reached)
         (seen / "node gone").touch()
 
-    started = config(dataset, output, num_workers=4, min_workers=1)
+    started = config(dataset, output, num_workers=2, min_workers=1, cpus_per_worker=2)
     node = threading.Thread(target=come_and_go)
     node.start()
     record = train(started, in_memory=False, train_loop=watched)
     node.join()
-    assert {path.name for path in seen.iterdir()} == {
-        *(f"{rank} of {size}" for size in (3, 4) for rank in range(size)),
-        "node gone",
-    }
+    assert {path.name for path in seen.iterdir()} == {"0 of 1", "0 of 2", "1 of 2", "node gone"}
     assert record["epochs_trained"] == NUM_EPOCHS
+    assert not (output / checkpoint.DIRECTORY).exists()
     ours, theirs = read_history(output)[-1], read_history(trained)[-1]
     for name in ("train_loss", "val_loss"):
         assert ours[name] == pytest.approx(theirs[name], abs=0.15), name

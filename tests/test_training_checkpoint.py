@@ -1,5 +1,9 @@
+import dataclasses
 import errno
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +64,38 @@ def test_a_damaged_one_falls_back_to_the_one_before(output: str, damage: Any) ->
     newest = files(output)[-1]
     newest.write_bytes(damage(newest.read_bytes()))
     assert_same(checkpoint.load_latest(output), state_after(100))
+    # It does not count as one of those that are kept, nor as what was reached.
+    checkpoint.save(output, state_after(150))
+    assert [path.name[:13] for path in files(output)] == ["step-00000100", "step-00000150"]
+    assert checkpoint.latest_step(output) == 150
+
+
+def test_another_one_of_the_same_step_replaces_it(output: str) -> None:
+    again = dataclasses.replace(state_after(250), sums={"loss": 0.5})
+    checkpoint.save(output, again)
+    assert [path.name[:13] for path in files(output)] == ["step-00000100", "step-00000250"]
+    assert_same(checkpoint.load_latest(output), again)
+
+
+KILLED_WRITER = """if True:
+    import os, signal, sys
+    from catdog.training import checkpoint
+    os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+    checkpoint.save(sys.argv[1], checkpoint.Checkpoint(step=300, history=[], sums={}, arrays={}))
+"""
+
+
+def test_what_killed_writers_leave_is_removed(output: str) -> None:
+    before = files(output)
+    mine = Path(output) / ".notes.tmp"
+    mine.touch()
+    killed = subprocess.run([sys.executable, "-c", KILLED_WRITER, output])
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = set(files(output)) - set(before)
+    assert left.name.startswith(".step-00000300-")
+    checkpoint.delete_temporaries(output)
+    assert files(output) == before
+    assert mine.exists()
 
 
 def test_one_that_cannot_be_written_leaves_the_others(output: str, monkeypatch: pytest.MonkeyPatch) -> None:

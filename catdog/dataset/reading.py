@@ -172,5 +172,5 @@ def _open_shard(path: str, num_rows: int) -> Iterator[pq.ParquetFile]:
             if found != num_rows:
                 raise DatasetError(f"{INFO_NAME} must tell a shard's rows, {num_rows}. Received: {path} with {found}")
             yield shard
-    except (FileNotFoundError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowInvalid) as error:  # OSError: it is missing, or a page of it is damaged
         raise DatasetError(f"Every shard in {INFO_NAME} must be there and whole. Received: {path} ({error})") from error

@@ -13,6 +13,7 @@ from catdog.storage.filesystems import SourceFile
 from catdog.storage.listing import exists, list_images, list_names
 from catdog.storage.publishing import (
     delete,
+    delete_temporaries,
     publish_bytes,
     publish_file,
     publish_json,
@@ -36,6 +37,7 @@ __all__ = [
     "SourceFile",
     "absolute",
     "delete",
+    "delete_temporaries",
     "exists",
     "join",
     "list_images",

@@ -61,6 +61,11 @@ def list_names(url: str, suffix: str = "") -> list[str]:
 
     Names that start with a dot are left out: they are temporary files, or not ours.
     """
+    return [name for name in list_all_names(url) if name.endswith(suffix) and not name.startswith(".")]
+
+
+def list_all_names(url: str) -> list[str]:
+    """Sorted names directly under a directory; none where there is no directory."""
     url = absolute(url)
 
     def names() -> list[str]:
@@ -71,7 +76,7 @@ def list_names(url: str, suffix: str = "") -> list[str]:
         return [name.rpartition("/")[2] for name in listed if name != path.rstrip("/")]
 
     try:
-        return sorted(name for name in require(url, names) if name.endswith(suffix) and not name.startswith("."))
+        return sorted(require(url, names))
     except (FileNotFoundError, NotADirectoryError):
         return []
 

@@ -5,9 +5,10 @@ import fnmatch
 import io
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, Final
 
 import pyarrow as pa
@@ -15,11 +16,14 @@ import pyarrow.parquet as pq
 
 from catdog.errors import OutputRefusedError, StorageError
 from catdog.storage.filesystems import attempt, describe, filesystem
-from catdog.storage.listing import list_names
-from catdog.storage.urls import absolute, is_local, redact
+from catdog.storage.listing import list_all_names, list_names
+from catdog.storage.reading import read_json
+from catdog.storage.urls import absolute, is_local, join, redact
 
 _OBJECT_STORES: Final = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"}
 """Where a write appears whole or not at all; elsewhere a temporary file is renamed."""
+
+_TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
 def publish_bytes(url: str, data: bytes) -> None:
@@ -70,12 +74,20 @@ def delete(url: str) -> None:
         attempt(url, remove)
 
 
-def refuse_foreign_output(url: str, markers: Sequence[str]) -> None:
+def delete_temporaries(url: str) -> None:
+    """Remove what writers that were killed left directly under a directory. One that is still at it fails."""
+    for name in list_all_names(url):
+        if _TEMPORARY.fullmatch(name):
+            delete(join(url, name))
+
+
+def refuse_foreign_output(url: str, markers: Sequence[str], *, says: Mapping[str, str] | None = None) -> None:
     """Refuse an output that holds something, but nothing that the command writes.
 
     Args:
         url: the output directory.
         markers: patterns of the names that the command writes directly under it: `("dataset.json", "_runs")`.
+        says: fields of a JSON object that one of these files must hold, where a name alone is no proof.
 
     Raises:
         OutputRefusedError: none of the names matches, or the output is a file.
@@ -84,12 +96,22 @@ def refuse_foreign_output(url: str, markers: Sequence[str]) -> None:
     if is_local(url) and os.path.isfile(url):
         raise OutputRefusedError(f"--output must be a directory. Received: --output={redact(url)}, which is a file")
     names = list_names(url)
-    if names and not any(fnmatch.fnmatchcase(name, marker) for name in names for marker in markers):
+    ours = [name for name in names if any(fnmatch.fnmatchcase(name, marker) for marker in markers)]
+    if names and not any(says is None or _says(join(url, name), says) for name in ours):
         held = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise OutputRefusedError(
             "--output must be empty, or hold what this command wrote earlier. "
             f"Received: --output={redact(url)}, which holds {held}"
         )
+
+
+def _says(url: str, fields: Mapping[str, str]) -> bool:
+    """Whether a file is a JSON object with these fields."""
+    try:
+        found = read_json(url)
+    except (ValueError, IsADirectoryError):
+        return False
+    return isinstance(found, dict) and fields.items() <= found.items()
 
 
 def _publish(url: str, write: Callable[[IO[bytes]], Any], put: Callable[[Any, str], Any]) -> None:

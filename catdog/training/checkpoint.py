@@ -26,6 +26,9 @@ DIRECTORY: Final = "_checkpoints"
 NUM_KEPT: Final = 2
 """The newest, and the one before it in case the newest is damaged."""
 
+CONFIG_NAME: Final = "train.json"
+"""Beside them, the configuration that they belong to. It is written first, and makes the output a training's."""
+
 _NAME: Final = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.npz")
 
 
@@ -47,7 +50,10 @@ class Checkpoint:
 
 
 def save(output: str, checkpoint: Checkpoint) -> None:
-    """Publish a checkpoint, then prune all but the newest `NUM_KEPT`."""
+    """Publish a checkpoint, then prune all but this and the last before it, `NUM_KEPT` together.
+
+    What is there of this step or a later one was passed over as damaged, or is from workers that are gone.
+    """
     named = {
         f"{group}-{index:04d}": array
         for group, arrays in checkpoint.arrays.items()
@@ -60,8 +66,11 @@ def save(output: str, checkpoint: Checkpoint) -> None:
     name = f"step-{checkpoint.step:08d}-{hashlib.sha256(data).hexdigest()[:16]}.npz"
     directory = storage.join(output, DIRECTORY)
     storage.publish_bytes(storage.join(directory, name), data)
-    for _, stale in _names(output)[NUM_KEPT:]:
-        storage.delete(storage.join(directory, stale))
+    found = _names(output)
+    kept = [name, *[before for step, before in found if step < checkpoint.step][: NUM_KEPT - 1]]
+    for _, other in found:
+        if other not in kept:
+            storage.delete(storage.join(directory, other))
 
 
 def load_latest(output: str) -> Checkpoint | None:
@@ -94,6 +103,12 @@ def load(output: str, step: int) -> Checkpoint:
 def delete_all(output: str) -> None:
     """Remove every checkpoint: the training is finished."""
     storage.delete(storage.join(output, DIRECTORY))
+
+
+def delete_temporaries(output: str) -> None:
+    """Remove what workers that were killed while writing left of their files."""
+    for directory in (output, storage.join(output, DIRECTORY)):
+        storage.delete_temporaries(directory)
 
 
 def _names(output: str) -> list[tuple[int, str]]:

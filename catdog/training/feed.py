@@ -3,7 +3,7 @@
 A split is cut into chunks of some hundred consecutive rows of a shard. Ray tasks decode them, on whatever nodes have
 CPUs to spare, into the object store, where every worker of a node sees the same pixels without a copy. Where a split
 fits there, it is decoded once for the whole training and for every restart of its workers; where not, each worker has
-its own chunks decoded a few ahead of its steps, epoch after epoch.
+its own chunks decoded a few ahead of its steps, across the ends of epochs.
 
 The batches are a function of the seed, the epoch and the step alone: a training that goes on after a crash sees what it
 would have seen. Held in memory, they do not depend on the number of workers either.
@@ -39,7 +39,10 @@ NUM_AHEAD: Final = 8
 """Chunks that a worker which streams has decoded ahead of its steps; their images are shuffled together."""
 
 PATIENCE_S: Final = 10.0
-"""How long a worker waits for a task that decodes its next chunk before it decodes the chunk itself."""
+"""How long a worker waits for its next chunk before it decodes the chunk itself."""
+
+_PULL_S: Final = 1.0
+"""The same for a chunk that is in memory, perhaps another node's, once one did not come in time."""
 
 REPORT_INTERVAL_S: Final = 10.0
 """Between two lines of the log while a split is decoded into memory."""
@@ -111,7 +114,7 @@ def wait_until_decoded(*sources: Source) -> None:
             logger.info("Decoding the images: %.0f %% done", 100 * (1 - len(pending) / num_chunks))
 
 
-@ray.remote(num_cpus=1)  # type: ignore[untyped-decorator]
+@ray.remote(num_cpus=1, max_retries=-1)  # type: ignore[untyped-decorator]
 def decode(chunk: Chunk, image_size: int) -> Batch | CatdogError:
     """A chunk as one batch. An error of ours is handed back as data: Ray would wrap it past recognition."""
     try:
@@ -161,6 +164,25 @@ class Share:
         return (self.rank + 1) * self.batch_size // self.num_workers
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Window:
+    """Chunks whose images a worker that streams shuffles together."""
+
+    seed: tuple[int, ...] | None
+    chunks: Sequence[int]
+    num_rows: int
+    num_seen: int
+    """Rows, of these in their new order, that came before the checkpoint."""
+
+    def shuffled(self, pieces: Sequence[Batch]) -> Batch:
+        """What `decode` made of the chunks, as one batch."""
+        order = np.arange(self.num_rows)
+        if self.seed is not None:
+            order = np.random.default_rng(self.seed).permutation(order)
+        pixels, labels = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+        return pixels[order[self.num_seen :]], labels[order[self.num_seen :]]
+
+
 class Feed:
     """One worker's images of a split, epoch after epoch."""
 
@@ -170,6 +192,9 @@ class Feed:
         self._offsets = np.cumsum([0, *(chunk.num_rows for chunk in source.chunks)])
         self._held: list[Batch] | None = None
         self._patience_s = PATIENCE_S
+        self._streamed: tuple[Iterator[_Window], Iterator[Batch]] | None = None
+        self._next: tuple[int | None, int, range] | None = None
+        """Seed, epoch and steps that `_streamed` goes on with."""
 
     def train_batches(self, *, seed: int | None, epoch: int, steps: range) -> Generator[Batch]:
         """This worker's share of an epoch's batches, made ready in a thread of its own while the worker computes.
@@ -177,7 +202,7 @@ class Feed:
         Args:
             seed: with `epoch`, of the order of the images; None keeps the shards' order.
             epoch: which epoch, from 0.
-            steps: which of the epoch's steps, without gaps.
+            steps: which of the epoch's steps: from one of them to its last.
         """
         batches = self._gather if self._source.decoded is not None else self._stream
         return _ahead(batches(seed, epoch, steps), 2)
@@ -196,7 +221,7 @@ class Feed:
     def _gather(self, seed: int | None, epoch: int, steps: range) -> Iterator[Batch]:
         """Out of memory: a batch is a slice of one order of all images, and ours a slice of that."""
         if self._held is None:
-            self._held = [_checked(each) for each in ray.get(list(self._source.decoded or []))]
+            self._held = list(self._fetch(range(len(self._source.chunks))))
         order_N = np.arange(self._offsets[-1])
         if seed is not None:
             order_N = np.random.default_rng((seed, epoch)).permutation(order_N)
@@ -212,44 +237,57 @@ class Feed:
         return pixels, np.array([self._held[chunk][1][row] for chunk, row in places], np.int8)
 
     def _stream(self, seed: int | None, epoch: int, steps: range) -> Iterator[Batch]:
-        """Chunk by chunk: every worker has chunks of its own, and begins again where they do not last the epoch."""
-        order = np.arange(len(self._source.chunks))
-        if seed is not None:  # the same order for every worker, so that no two take the same chunk
-            order = np.random.default_rng((seed, epoch)).permutation(order)
-        mine = order[self._share.rank % len(order) :: self._share.num_workers].tolist()
-        # The images of a window are shuffled together.
-        windows = [mine[start : start + NUM_AHEAD] for start in range(0, len(mine), NUM_AHEAD)]
-        num_rows = [sum(self._source.chunks[index].num_rows for index in window) for window in windows]
+        """Chunk by chunk: every worker has chunks of its own, and begins again where they do not last the epoch.
+
+        What is decoded ahead at the end of an epoch is the next one's.
+        """
+        if self._streamed is None or self._next != (seed, epoch, steps):
+            windows, ahead = itertools.tee(self._windows(seed, epoch, steps))
+            self._streamed = windows, self._fetch(index for window in ahead for index in window.chunks)
+        self._next = None  # unless this comes to its end
+        windows, fetched = self._streamed
         size = self._share.stop - self._share.start
-        seen = steps.start * size
-        first = 0
-        while seen >= num_rows[first % len(windows)]:  # before the checkpoint: not worth decoding
-            seen -= num_rows[first % len(windows)]
-            first += 1
-        numbers = itertools.count(first)
-        fetched = self._fetch(index for number in itertools.count(first) for index in windows[number % len(windows)])
-        pixels, labels = (
-            np.empty((0, self._source.image_size, self._source.image_size, 3), np.uint8),
-            np.empty(0, np.int8),
-        )
+        pixels = np.empty((0, self._source.image_size, self._source.image_size, 3), np.uint8)
+        labels = np.empty(0, np.int8)
         for _ in steps:
             while len(labels) < size:
-                number = next(numbers)
-                pieces = list(itertools.islice(fetched, len(windows[number % len(windows)])))
-                order = np.arange(num_rows[number % len(windows)])
-                if seed is not None:
-                    order = np.random.default_rng((seed, epoch, self._share.rank, number)).permutation(order)
-                pixels = np.concatenate([pixels, np.concatenate([each for each, _ in pieces])[order[seen:]]])
-                labels = np.concatenate([labels, np.concatenate([each for _, each in pieces])[order[seen:]]])
-                seen = 0
+                window = next(windows)
+                more_pixels, more_labels = window.shuffled(list(itertools.islice(fetched, len(window.chunks))))
+                pixels, labels = np.concatenate([pixels, more_pixels]), np.concatenate([labels, more_labels])
             yield pixels[:size], labels[:size]
             pixels, labels = pixels[size:], labels[size:]
+        self._next = (seed, epoch + 1, range(steps.stop))
+
+    def _windows(self, seed: int | None, epoch: int, steps: range) -> Iterator[_Window]:
+        """This worker's windows from one of an epoch's steps on, and those of all epochs after it."""
+        size = self._share.stop - self._share.start
+        num_seen = steps.start * size
+        for each in itertools.count(epoch):
+            order = np.arange(len(self._source.chunks))
+            if seed is not None:  # the same order for every worker, so that no two take the same chunk
+                order = np.random.default_rng((seed, each)).permutation(order)
+            mine = order[self._share.rank % len(order) :: self._share.num_workers].tolist()
+            windows = [mine[start : start + NUM_AHEAD] for start in range(0, len(mine), NUM_AHEAD)]
+            num_before = 0
+            for number, chunks in enumerate(itertools.cycle(windows)):
+                if num_before >= steps.stop * size:
+                    break
+                num_rows = sum(self._source.chunks[index].num_rows for index in chunks)
+                if num_before + num_rows > num_seen:  # else it is not worth decoding
+                    yield _Window(
+                        seed=None if seed is None else (seed, each, self._share.rank, number),
+                        chunks=chunks,
+                        num_rows=num_rows,
+                        num_seen=max(0, num_seen - num_before),
+                    )
+                num_before += num_rows
+            num_seen = 0
 
     def _fetch(self, indices: Iterable[int]) -> Iterator[Batch]:
         """The batches of chunks, in order; `NUM_AHEAD` of them are being decoded while one is worked on.
 
-        Tasks wait for ever where training workers, or other jobs, hold every CPU of the cluster: then it is this worker
-        that decodes.
+        Tasks wait for ever where training workers, or other jobs, hold every CPU of the cluster, and so does what was
+        in the memory of a node that is gone: then it is this worker that decodes.
         """
         remaining = iter(indices)
         pending: collections.deque[tuple[int, ray.ObjectRef[Any]]] = collections.deque()
@@ -259,13 +297,14 @@ class Feed:
             if not pending:
                 return
             index, task = pending.popleft()
-            if self._source.decoded is not None or ray.wait([task], timeout=self._patience_s)[0]:
+            if ray.wait([task], timeout=self._patience_s)[0]:
                 self._patience_s = PATIENCE_S
                 yield _checked(ray.get(task))
-            else:
-                self._patience_s = 0.0  # until one is done in time again
+                continue
+            if self._source.decoded is None:
                 ray.cancel(task)
-                yield decode_here(self._source.chunks[index], self._source.image_size)
+            self._patience_s = 0.0 if self._source.decoded is None else _PULL_S  # until one is done in time again
+            yield decode_here(self._source.chunks[index], self._source.image_size)
 
 
 def _checked(batch: Batch | CatdogError) -> Batch:

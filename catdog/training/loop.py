@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ import numpy.typing as npt
 import ray
 import ray.train
 
-from catdog import architectures, bundle, calibration, metrics, report
+from catdog import architectures, bundle, calibration, metrics, report, storage
 from catdog.config import TrainConfig, to_dict
-from catdog.errors import TrainingError
+from catdog.errors import TrainingError, UsageError
 from catdog.training import checkpoint, schedule
 from catdog.training.checkpoint import Checkpoint
 from catdog.training.feed import Feed, Share, Source
@@ -80,10 +81,22 @@ def train_loop(settings: dict[str, Any]) -> None:
         steps_per_epoch=plan.steps_per_epoch,
         precision=resolve_precision(plan.config.precision),
     )
+    if rank == 0:
+        _check_output(plan.config.output)
     with contextlib.ExitStack() as stack:
         recorder = stack.enter_context(Recorder(plan.config.output)) if rank == 0 else None
         # What one worker raises ends them all: Ray Train does not leave the others to wait for it in a collective.
         _Worker(plan, share, learner, recorder).run()
+
+
+def _check_output(output: str) -> None:
+    """That this node's output is the driver's; what killed workers left there is removed."""
+    if not storage.exists(storage.join(output, checkpoint.CONFIG_NAME)):
+        raise UsageError(
+            "--output must be where every node of the cluster finds it: a shared directory, or object storage. "
+            f"Received: --output={output}, and no {checkpoint.CONFIG_NAME} there on {socket.gethostname()}"
+        )
+    checkpoint.delete_temporaries(output)
 
 
 class _Worker:
@@ -139,8 +152,8 @@ class _Worker:
     def _train_epoch(self, epoch: int, first_step: int) -> None:
         plan, config, learner, sums = self._plan, self._config, self._learner, self._sums
         num_epochs = resolved(config.epochs)
-        recipe = architectures.architecture(config.arch).recipe
-        crop_size = schedule.crop_size(recipe.crop_scales, resolved(config.image_size), epoch, num_epochs)
+        crop_scales = architectures.architecture(config.arch).recipe.crop_scales if config.augment else (1.0,)
+        crop_size = schedule.crop_size(crop_scales, resolved(config.image_size), epoch, num_epochs)
         head_only = epoch < resolved(config.head_epochs)
         steps = range(first_step, plan.steps_per_epoch)
         batches = self._train_feed.train_batches(seed=config.seed if config.shuffle else None, epoch=epoch, steps=steps)
@@ -273,7 +286,6 @@ class _Worker:
             )
         }
         bundle.save(config.output, model, card, extra_files=files)
-        checkpoint.delete_all(config.output)
 
 
 @dataclass(frozen=True)

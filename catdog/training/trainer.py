@@ -27,9 +27,6 @@ logger = logging.getLogger(__name__)
 
 TrainLoop = Callable[[dict[str, Any]], None]
 
-CONFIG_NAME: Final = "train.json"
-"""The configuration, written first: it makes the output ours, and says what may be resumed there."""
-
 _NOT_THE_RESULT: Final = (
     "output",
     "num_workers",
@@ -40,7 +37,7 @@ _NOT_THE_RESULT: Final = (
     "max_failures",
     "ray_address",
 )
-"""Fields that may differ when a run is resumed: they change where and how fast it computes, not what."""
+"""Fields that may differ when a run is resumed: they are about where and how fast it computes."""
 
 
 RESOURCES_TIMEOUT_S: Final = 10
@@ -72,6 +69,7 @@ def train(config: TrainConfig, *, in_memory: bool | None = None, train_loop: Tra
     config = resolve(
         dataclasses.replace(config, data=storage.absolute(config.data), output=storage.absolute(config.output))
     )
+    weights_url, config = config.weights or "none", _redacted(config)
     info = reading.load_info(config.data)
     _check_data(config, info)
     fingerprint = _fingerprint(config, info.digest)
@@ -82,11 +80,13 @@ def train(config: TrainConfig, *, in_memory: bool | None = None, train_loop: Tra
     else:
         if architectures.architecture(config.arch).has_backbone and config.weights == "none":
             logger.warning("%s is made to be fine-tuned: from random weights it learns badly", config.arch)
-        weights = architectures.fetch_weights(config.arch, config.weights or "none")
+        weights = architectures.fetch_weights(config.arch, weights_url)
         if not resumed:
-            record = {"fingerprint": fingerprint, "config": to_dict(config)}
-            storage.publish_json(storage.join(config.output, CONFIG_NAME), record)
+            record = {"command": "train", "fingerprint": fingerprint, "config": to_dict(config)}
+            storage.publish_json(storage.join(config.output, checkpoint.CONFIG_NAME), record)
         _run(config, info, weights, in_memory, train_loop)
+    # Not before the workers are gone: one group that starts late would find none and begin anew.
+    checkpoint.delete_all(config.output)
     card, model_id = bundle.read_card(config.output)
     return {
         "command": "train",
@@ -132,6 +132,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
     return config
 
 
+def _redacted(config: TrainConfig) -> TrainConfig:
+    """Without the signature that the weights' URL may hold: this is published, and may be resumed with another."""
+    return dataclasses.replace(config, weights=None if config.weights is None else storage.redact(config.weights))
+
+
 def _check_data(config: TrainConfig, info: reading.DatasetInfo) -> None:
     for split in ("train", "val"):
         for name in CLASS_NAMES:
@@ -154,8 +159,8 @@ def _fingerprint(config: TrainConfig, data_digest: str) -> str:
 
 def _check_output(config: TrainConfig, fingerprint: str, *, is_done: bool) -> bool:
     """Whether the output holds this very training. Refuses another one, unless that never got to a checkpoint."""
-    storage.refuse_foreign_output(config.output, (CONFIG_NAME,))
-    url = storage.join(config.output, CONFIG_NAME)
+    storage.refuse_foreign_output(config.output, (checkpoint.CONFIG_NAME,), says={"command": "train"})
+    url = storage.join(config.output, checkpoint.CONFIG_NAME)
     if not storage.exists(url):
         return False
     found = storage.read_json(url)
@@ -229,11 +234,15 @@ def _fit(plan: Any, train_loop: TrainLoop, scratch: str) -> None:
     import ray.train
     from ray.train.tensorflow import TensorflowTrainer
 
+    class Trainer(TensorflowTrainer):  # type: ignore[misc]
+        def _register_sigint_handler(self, controller: object) -> None:
+            """Leave Ctrl-C as it is, and so to who called: Ray's own way ends the process, with exit code 1."""
+
     config: TrainConfig = plan.config
     num_workers = config.num_workers
     num_failures, reached = 0, checkpoint.latest_step(config.output)
     while True:
-        trainer = TensorflowTrainer(
+        trainer = Trainer(
             train_loop,
             train_loop_config={"plan": plan},
             scaling_config=ray.train.ScalingConfig(
@@ -255,6 +264,8 @@ def _fit(plan: Any, train_loop: TrainLoop, scratch: str) -> None:
         except ray.train.TrainingFailedError as error:
             if (ours := _own_error(error)) is not None:
                 raise ours from error  # it would come again
+            if storage.exists(storage.join(config.output, bundle.CARD_NAME)):
+                return  # nothing was left to do
             failure = TrainingError(f"the training workers must finish. Received: {_text(error)}")
             step = checkpoint.latest_step(config.output)
             num_failures, reached = (num_failures + 1 if step == reached else 1), step
@@ -267,20 +278,34 @@ def _fit(plan: Any, train_loop: TrainLoop, scratch: str) -> None:
 
 def _check_resources(config: TrainConfig) -> None:
     """Refuse what this cluster cannot hold; Ray would wait for it for ever."""
+    deadline = time.monotonic() + RESOURCES_TIMEOUT_S
+    while (lack := _lack(config)) is not None:
+        if time.monotonic() > deadline:
+            raise TrainingError(f"the cluster must have {lack}")
+        time.sleep(1)
+
+
+def _lack(config: TrainConfig) -> str | None:
+    """What the cluster must have, and what it has instead; None if it can hold the training."""
     import ray
 
     num_workers = config.min_workers or config.num_workers
-    needed = {"CPU": num_workers * config.cpus_per_worker + 1, "GPU": num_workers if config.use_gpu else 0}
-    deadline = time.monotonic() + RESOURCES_TIMEOUT_S
-    while lacking := [name for name, number in needed.items() if number > ray.cluster_resources().get(name, 0)]:
-        if time.monotonic() > deadline:
-            have = ray.cluster_resources()
-            raise TrainingError(
-                f"the cluster must have {', '.join(f'{needed[name]} {name}s' for name in lacking)} "
-                f"for {num_workers} workers and what feeds them. "
-                f"Received: {', '.join(f'{have.get(name, 0):g} {name}s' for name in lacking)}"
-            )
-        time.sleep(1)
+    each = {"CPU": config.cpus_per_worker, **({"GPU": 1} if config.use_gpu else {})}
+    have = ray.cluster_resources()
+    needed = {name: num_workers * number + (name == "CPU") for name, number in each.items()}
+    if lacking := [name for name, number in needed.items() if number > have.get(name, 0)]:
+        return (
+            f"{', '.join(f'{needed[name]} {name}s' for name in lacking)} "
+            f"for {num_workers} workers and what feeds them. "
+            f"Received: {', '.join(f'{have.get(name, 0):g} {name}s' for name in lacking)}"
+        )
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(min(int(node.get(name, 0) // number) for name, number in each.items()) for node in nodes)
+    if room < num_workers:
+        wanted = ", ".join(f"{number} {name}s" for name, number in each.items())
+        sizes = "; ".join(", ".join(f"{node.get(name, 0):g} {name}s" for name in each) for node in nodes)
+        return f"nodes with {wanted} for each of {num_workers} workers. Received: nodes with {sizes}"
+    return None
 
 
 def _own_error(error: Exception) -> CatdogError | None:
