@@ -4,12 +4,17 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
+from typing import Final
 
 from catdog.errors import UsageError
 
 logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S: Final = 10.0
+"""For the head of a cluster to answer."""
 
 
 def cluster_address(ray_address: str | None) -> str | None:
@@ -50,8 +55,10 @@ def connect(ray_address: str | None, *, min_cpus: int = 1) -> Iterator[None]:
     else:
         logger.info("Joining the Ray cluster at %s", address)
         try:
+            if address != "auto":
+                _reach(address)
             ray.init(address=address, logging_level=logging.WARNING)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise UsageError(
                 "--ray-address or RAY_ADDRESS must name a Ray cluster that can be reached: HOST:6379, or auto. "
                 f"Received: {address}: {error}"
@@ -63,3 +70,10 @@ def connect(ray_address: str | None, *, min_cpus: int = 1) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise `OSError` where nobody listens; Ray itself would try for minutes. `ValueError` for what is no address."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S):
+        pass
