@@ -303,7 +303,9 @@ class Feed:
                 continue
             if self._source.decoded is None:
                 ray.cancel(task)
-            self._patience_s = 0.0 if self._source.decoded is None else _PULL_S  # until one is done in time again
+                self._patience_s = 0.0  # until one is done in time again
+            else:
+                self._patience_s = _PULL_S
             yield decode_here(self._source.chunks[index], self._source.image_size)
 
 
