@@ -8,8 +8,10 @@ import os
 import random
 import socket
 import struct
+import sys
 import threading
 import time
+import types
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -177,6 +179,15 @@ def test_unknown_protocols_are_a_usage_error() -> None:
     with pytest.raises(UsageError, match=r"A glob must name its bucket. Received: s3://buck"):
         storage.list_images("s3://buck*/x")
     assert image_error("nope://x/a.jpg").code == "not_found"
+
+
+def test_an_error_is_told_while_a_client_is_being_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiohttp", types.ModuleType("aiohttp"))  # as far as another thread has come
+    with pytest.raises(FileNotFoundError):
+        filesystems.attempt(str(tmp_path), (tmp_path / "none").read_bytes)
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"the storage failed: Directory not empty$"):
+        filesystems.attempt(str(tmp_path), tmp_path.rmdir)
 
 
 def test_names_directly_under_a_directory(root: str) -> None:

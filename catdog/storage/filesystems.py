@@ -178,7 +178,9 @@ def _failures() -> tuple[type[Exception], ...]:
 
 
 def _loaded(names: tuple[tuple[str, str], ...]) -> tuple[type[Exception], ...]:
-    return tuple(getattr(sys.modules[module], name) for module, name in names if module in sys.modules)
+    """Of those, what has been imported; a module that another thread is importing may not have them yet."""
+    found = (getattr(sys.modules.get(module), name, None) for module, name in names)
+    return tuple(error for error in found if error is not None)
 
 
 def _about_one_file(error: Exception) -> OSError | None:
