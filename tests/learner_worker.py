@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-ARCHS = ("plain", "normalized")
+RUNS = (("plain", "float32"), ("normalized", "float32"), ("plain", "bfloat16"))
+"""Architecture and precision; the results are called `plain-float32/after-model-0`, ..."""
+
 NUM_STEPS, BATCH_SIZE, IMAGE_SIZE, CROP_SIZE = 6, 9, 48, 40
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 
-def steps(arch: str, rank: int, num_workers: int) -> Arrays:
+def steps(arch: str, precision: str, rank: int, num_workers: int) -> Arrays:
     """What a worker has after its steps: losses, the model before and after its statistics are averaged, the average.
 
     The batch is odd: two workers have unequal shares.
@@ -32,7 +34,7 @@ def steps(arch: str, rank: int, num_workers: int) -> Arrays:
         TrainConfig(data="-", output="-", arch=arch, batch_size=BATCH_SIZE, image_size=IMAGE_SIZE, epochs=1)
     )
     share = Share(rank=rank, num_workers=num_workers, batch_size=BATCH_SIZE)
-    learner = Learner(config, share, steps_per_epoch=NUM_STEPS, precision="float32")
+    learner = Learner(config, share, steps_per_epoch=NUM_STEPS, precision=precision)
 
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, (NUM_STEPS, BATCH_SIZE)).astype(np.int8)
@@ -69,7 +71,11 @@ def main(rank: int, ports: list[str], output: Path) -> None:
     from catdog.architectures import ARCHITECTURES
 
     ARCHITECTURES.update(small_architectures.made())
-    found = {f"{arch}/{name}": array for arch in ARCHS for name, array in steps(arch, rank, len(ports)).items()}
+    found = {
+        f"{arch}-{precision}/{name}": array
+        for arch, precision in RUNS
+        for name, array in steps(arch, precision, rank, len(ports)).items()
+    }
     np.savez(output, **found)
 
 

@@ -27,7 +27,7 @@ SIZE, BATCH_SIZE, STEPS_PER_EPOCH = 32, 8, 4
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Arrays]:
-    """What each of two workers ended with, of every architecture: `plain/after-model-0`."""
+    """What each of two workers ended with, of every run: `plain-float32/after-model-0`."""
     directory = tmp_path_factory.mktemp("pair")
     ports = ",".join(map(str, processes.free_ports(2)))
     outputs = [directory / f"{rank}.npz" for rank in range(2)]
@@ -46,19 +46,29 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Arrays]:
 
 
 def test_two_workers_compute_what_one_computes(pair: list[Arrays]) -> None:
-    alone = learner_worker.steps("plain", 0, 1)
+    alone = learner_worker.steps("plain", "float32", 0, 1)
     for worker in pair:
         for name, array in alone.items():
-            np.testing.assert_allclose(worker[f"plain/{name}"], array, rtol=1e-4, atol=5e-5, err_msg=name)
+            np.testing.assert_allclose(worker[f"plain-float32/{name}"], array, rtol=1e-4, atol=5e-5, err_msg=name)
     assert alone["totals"][-1, 0] < alone["totals"][0, 0]
+
+
+def test_in_bfloat16_all_workers_end_with_the_same_weights_and_learn_as_one_does(pair: list[Arrays]) -> None:
+    one, other = pair
+    names = [name for name in one if name.startswith("plain-bfloat16/after-")]
+    assert names
+    for name in names:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+    alone = learner_worker.steps("plain", "bfloat16", 0, 1)
+    np.testing.assert_allclose(one["plain-bfloat16/totals"][:, 0], alone["totals"][:, 0], rtol=0.02)
 
 
 def test_with_batch_normalization_all_workers_end_with_the_same_model(pair: list[Arrays]) -> None:
     one, other = pair
-    after = [name for name in one if name.startswith("normalized/after-")]
-    for name in [*after, "normalized/totals", "normalized/logits"]:
+    after = [name for name in one if name.startswith("normalized-float32/after-")]
+    for name in [*after, "normalized-float32/totals", "normalized-float32/logits"]:
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
-    before = [name for name in one if name.startswith("normalized/before-")]
+    before = [name for name in one if name.startswith("normalized-float32/before-")]
     drifted = [name for name in before if not np.array_equal(one[name], other[name])]
     assert drifted, "the moving statistics of workers that saw different images must have differed before"
     for name in drifted:
