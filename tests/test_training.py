@@ -25,13 +25,14 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from PIL import Image
+from ray.train.v2._internal.execution.context import get_train_context
 
 from catdog import architectures, bundle, drawings, images
 from catdog.config import PrepareConfig, TrainConfig, to_dict
 from catdog.dataset import prepare
 from catdog.dataset.reading import load_info
 from catdog.errors import DatasetError, OutputRefusedError, TrainingError, UsageError
-from catdog.training import checkpoint, feed, loop, progress, train, trainer
+from catdog.training import checkpoint, decoding, loop, progress, train, trainer
 from catdog.training.feed import Share
 from catdog.training.progress import Teller, Tick
 from catdog.training.recorder import Recorder
@@ -257,7 +258,7 @@ def only_worker(config: TrainConfig, *, weights: bytes | None = None) -> Iterato
     """The one worker of a group, in this process: up to the end of its first epoch it has no need of Ray Train."""
     config = resolve(config)
     info = load_info(config.data)
-    train_source, val_source = (feed.source(info, split, SIZE, in_memory=True) for split in ("train", "val"))
+    train_source, val_source = (decoding.source(info, split, SIZE, in_memory=True) for split in ("train", "val"))
     plan = loop.Plan(
         config=config,
         steps_per_epoch=STEPS_PER_EPOCH,
@@ -432,31 +433,6 @@ def test_after_a_full_disk_and_a_kill_within_an_epoch_the_model_is_that_of_an_un
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
 
 
-def test_a_signal_ends_a_training_and_leaves_its_last_checkpoint(dataset: str, tmp_path: Path) -> None:
-    drivers = {}
-    address = ray.get_runtime_context().gcs_address
-    for number in (signal.SIGTERM, signal.SIGINT):
-        endless = config(dataset, tmp_path / number.name, epochs=1000, num_workers=1, ray_address=address)
-        # A suite that a shell started in the background has its children ignore Ctrl-C.
-        drivers[number] = subprocess.Popen(
-            command(endless),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
-    for number, driver in drivers.items():
-        output = tmp_path / number.name
-        with driver:
-            while checkpoint.latest_step(str(output)) < 0 and driver.poll() is None:
-                time.sleep(0.05)
-            driver.send_signal(number)
-            out, err = driver.communicate(timeout=120)
-        assert (driver.returncode, out) == (128 + number, ""), err
-        assert "Traceback" not in err
-        assert checkpoint.load_latest(str(output)) is not None
-
-
 def wait_until_nothing_changes(output: Path) -> None:
     """Workers outlive their driver by a moment."""
     before: object = None
@@ -545,3 +521,48 @@ def test_a_configuration_has_no_field_left_to_the_recipe(dataset: str, trained: 
         "min_workers",
         "ray_address",
     ]
+
+
+# These come last: for some minutes Ray keeps what a killed driver had asked for, and an elastic training would wait for
+# it; and as long as the driver lives what a killed controller had.
+def test_a_signal_ends_a_training_and_leaves_its_last_checkpoint(dataset: str, tmp_path: Path) -> None:
+    drivers = {}
+    address = ray.get_runtime_context().gcs_address
+    for number in (signal.SIGTERM, signal.SIGINT):
+        endless = config(dataset, tmp_path / number.name, epochs=1000, num_workers=1, ray_address=address)
+        # A suite that a shell started in the background has its children ignore Ctrl-C.
+        drivers[number] = subprocess.Popen(
+            command(endless),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+    for number, driver in drivers.items():
+        output = tmp_path / number.name
+        with driver:
+            while checkpoint.latest_step(str(output)) < 0 and driver.poll() is None:
+                time.sleep(0.05)
+            driver.send_signal(number)
+            out, err = driver.communicate(timeout=120)
+        assert (driver.returncode, out) == (128 + number, ""), err
+        assert "Traceback" not in err
+        assert checkpoint.load_latest(str(output)) is not None
+
+
+def test_a_training_whose_controller_is_killed_ends_and_leaves_its_last_checkpoint(
+    dataset: str, tmp_path: Path
+) -> None:
+    def watched(settings: dict[str, Any]) -> None:
+        save = checkpoint.save
+
+        def save_and_kill(url: str, state: checkpoint.Checkpoint) -> None:
+            save(url, state)
+            ray.kill(get_train_context().controller_actor)
+
+        checkpoint.save = save_and_kill
+        loop.train_loop(settings)
+
+    with pytest.raises(TrainingError, match=r"the same command again goes on from the last checkpoint\."):
+        train(config(dataset, tmp_path / "model", num_workers=1), train_loop=watched)
+    assert checkpoint.latest_step(str(tmp_path / "model")) == CHECKPOINT_STEPS

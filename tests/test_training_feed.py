@@ -19,8 +19,10 @@ from catdog import storage
 from catdog.dataset.reading import load_info
 from catdog.errors import DatasetError
 from catdog.schema import DATASET_SCHEMA, SPLITS
-from catdog.training import feed
-from catdog.training.feed import Batch, Feed, Share, Source
+from catdog.training import decoding, feed
+from catdog.training.decoding import Batch, Source
+from catdog.training.feed import Feed, Share
+from catdog.training.prefetch import prefetched
 
 SIZE = 8
 SHARDS = (21, 13, 11)
@@ -38,7 +40,7 @@ def small_ray() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed, "CHUNK_ROWS", CHUNK_ROWS)
+    monkeypatch.setattr(decoding, "CHUNK_ROWS", CHUNK_ROWS)
     monkeypatch.setattr(feed, "NUM_AHEAD", 2)
 
 
@@ -85,7 +87,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def opened(dataset: str, *, in_memory: bool) -> Source:
-    source = feed.source(load_info(dataset), "train", SIZE, in_memory=in_memory)
+    source = decoding.source(load_info(dataset), "train", SIZE, in_memory=in_memory)
     assert (len(source.chunks), source.num_images) == (NUM_CHUNKS, NUM_IMAGES)
     return source
 
@@ -93,7 +95,7 @@ def opened(dataset: str, *, in_memory: bool) -> Source:
 @pytest.fixture
 def held(dataset: str) -> Source:
     source = opened(dataset, in_memory=True)
-    feed.wait_until_decoded(source)
+    decoding.wait_until_decoded(source)
     return source
 
 
@@ -238,7 +240,7 @@ def test_what_cannot_be_decoded_is_an_error_where_it_is_used(tmp_path: Path, in_
         storage.publish_parquet(str(shard), pa.Table.from_pylist(rows, schema=DATASET_SCHEMA))
         message = r"^a prepared dataset holds only images that decode\. Received: /28\.png: "
     source = opened(str(tmp_path), in_memory=in_memory)
-    feed.wait_until_decoded(source)
+    decoding.wait_until_decoded(source)
     (share,) = shares(1, 4)
     with pytest.raises(DatasetError, match=message):
         steps_of(source, share, range(11))
@@ -248,7 +250,7 @@ def test_what_cannot_be_decoded_is_an_error_where_it_is_used(tmp_path: Path, in_
 
 
 def feeding() -> bool:
-    return any(thread.name == "catdog-feed" for thread in threading.enumerate())
+    return any(thread.name == "catdog-prefetch" for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -320,12 +322,12 @@ def test_items_come_in_order_and_errors_after_them() -> None:
         yield from range(5)
         raise ZeroDivisionError
 
-    ahead = feed._ahead(items(), 2)
+    ahead = prefetched(items(), 2)
     assert list(itertools.islice(ahead, 5)) == list(range(5))
     with pytest.raises(ZeroDivisionError):
         next(ahead)
-    assert list(feed._ahead(iter(range(7)), 2)) == list(range(7))
-    assert list(feed._ahead(iter(()), 2)) == []
+    assert list(prefetched(iter(range(7)), 2)) == list(range(7))
+    assert list(prefetched(iter(()), 2)) == []
     assert not feeding()
 
 
@@ -337,4 +339,4 @@ def test_what_fits_leaves_half_of_the_smallest_object_store(spaces: list[float |
         for space in spaces
     ]
     dead = {"Alive": False, "Resources": {}}
-    assert feed.fits_in_memory(10, 32, [*nodes, dead]) is fits
+    assert decoding.fits_in_memory(10, 32, [*nodes, dead]) is fits

@@ -22,7 +22,8 @@ from catdog.config import TrainConfig, to_dict
 from catdog.errors import TrainingError, UsageError
 from catdog.training import checkpoint, schedule
 from catdog.training.checkpoint import Checkpoint
-from catdog.training.feed import Feed, Share, Source
+from catdog.training.decoding import Source
+from catdog.training.feed import Feed, Share
 from catdog.training.progress import Teller, Tick
 from catdog.training.recorder import Recorder, Row, history_files
 from catdog.training.schedule import resolved

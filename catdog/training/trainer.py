@@ -199,19 +199,19 @@ def _run(
     ):
         import ray
 
-        from catdog.training import feed, loop, progress
+        from catdog.training import decoding, loop, progress
 
         _check_resources(config)
         image_size = resolved(config.image_size)
         num_images = info.num_images("train") + info.num_images("val")
         if in_memory is None:
-            in_memory = feed.fits_in_memory(num_images, image_size, ray.nodes())
+            in_memory = decoding.fits_in_memory(num_images, image_size, ray.nodes())
             if not in_memory:
                 logger.info("The images are streamed: decoded, they do not fit in the object store of every node")
-        train = feed.source(info, "train", image_size, in_memory=in_memory)
-        val = feed.source(info, "val", image_size, in_memory=in_memory)
+        train = decoding.source(info, "train", image_size, in_memory=in_memory)
+        val = decoding.source(info, "val", image_size, in_memory=in_memory)
         # While tasks are waiting for CPUs the workers would not get theirs, and Ray Train would give up after a minute.
-        feed.wait_until_decoded(train, val)
+        decoding.wait_until_decoded(train, val)
         with progress.followed() as queue:
             plan = loop.Plan(
                 config=config,
@@ -233,10 +233,23 @@ def _fit(plan: Any, train_loop: TrainLoop, scratch: str) -> None:
     """Run the workers, again from the last checkpoint when they fail, as long as that leads any further."""
     import ray.train
     from ray.train.tensorflow import TensorflowTrainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
     class Trainer(TensorflowTrainer):  # type: ignore[misc]
         def _register_sigint_handler(self, controller: object) -> None:
             """Leave Ctrl-C as it is, and so to who called: Ray's own way ends the process, with exit code 1."""
+
+        def _create_default_callbacks(self) -> list[object]:
+            """But for those that have nothing to do: each has a process, and every process of Ray costs a little.
+
+            There are no Ray datasets. And who is to notice a controller's death asks Ray's dashboard for it: where
+            there is none, that waits ten seconds for an answer before a group of workers can end.
+            """
+            left_out = [DatasetsCallback]
+            if not ray._private.worker.get_dashboard_url():
+                left_out.append(PlacementGroupCleanerCallback)
+            return [each for each in super()._create_default_callbacks() if not isinstance(each, tuple(left_out))]
 
     config: TrainConfig = plan.config
     num_workers = config.num_workers
@@ -261,6 +274,11 @@ def _fit(plan: Any, train_loop: TrainLoop, scratch: str) -> None:
         )
         try:
             trainer.fit()
+        except ray.exceptions.RayActorError as error:  # Ray keeps the workers' CPUs until this process has ended
+            raise TrainingError(
+                "the controller of the workers must live; the same command again goes on from the last checkpoint. "
+                "Received: it died"
+            ) from error
         except ray.train.TrainingFailedError as error:
             if (ours := _own_error(error)) is not None:
                 raise ours from error  # it would come again
@@ -291,15 +309,15 @@ def _lack(config: TrainConfig) -> str | None:
 
     num_workers = config.min_workers or config.num_workers
     each = {"CPU": config.cpus_per_worker, **({"GPU": 1} if config.use_gpu else {})}
-    have = ray.cluster_resources()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    have = {name: sum(node.get(name, 0) for node in nodes) for name in each}
     needed = {name: num_workers * number + (name == "CPU") for name, number in each.items()}
-    if lacking := [name for name, number in needed.items() if number > have.get(name, 0)]:
+    if lacking := [name for name, number in needed.items() if number > have[name]]:
         return (
             f"{', '.join(f'{needed[name]} {name}s' for name in lacking)} "
             f"for {num_workers} workers and what feeds them. "
-            f"Received: {', '.join(f'{have.get(name, 0):g} {name}s' for name in lacking)}"
+            f"Received: {', '.join(f'{have[name]:g} {name}s' for name in lacking)}"
         )
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(min(int(node.get(name, 0) // number) for name, number in each.items()) for node in nodes)
     if room < num_workers:
         wanted = ", ".join(f"{number} {name}s" for name, number in each.items())
