@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from PIL import Image
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.context import get_train_context
 
 from catdog import architectures, bundle, drawings, images
@@ -366,6 +367,16 @@ def test_a_training_goes_on_unheard_where_the_queue_of_its_progress_dies(caplog:
 )
 def test_durations_are_short(seconds: float, text: str) -> None:
     assert progress.duration(seconds) == text
+
+
+def test_what_ended_the_workers_is_told_in_a_line() -> None:
+    died = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.ActorDiedError())
+    failed = ray.exceptions.RayTaskError(
+        "train_loop", "Traceback\n  File ...\nZeroDivisionError: by zero", ValueError()
+    )
+    for failures, text in (({0: failed, 1: died}, r"^worker 1 died$"), ({0: failed}, r"ZeroDivisionError: by zero$")):
+        assert re.search(text, trainer._text(ray.train.WorkerGroupError("Training failed", failures)))
+    assert trainer._text(ray.train.ControllerError(ValueError("too\nlate"))).endswith("too late")
 
 
 @pytest.fixture(scope="module")

@@ -339,5 +339,15 @@ def _own_error(error: Exception) -> CatdogError | None:
 
 
 def _text(error: Exception) -> str:
-    failures = list(getattr(error, "worker_failures", {}).values())
-    return " ".join(str(failures[0] if failures else error).split())[-500:]
+    """What went wrong, in a line. Of a worker that died Ray tells at length what kills workers."""
+    import ray
+
+    failures = getattr(error, "worker_failures", {})
+    died = (
+        rank
+        for rank, failure in failures.items()
+        if isinstance(getattr(failure, "health_check_failure", None), ray.exceptions.RayActorError)
+    )
+    if (rank := next(died, None)) is not None:
+        return f"worker {rank} died"
+    return " ".join(str(next(iter(failures.values()), error)).split())[-500:]
