@@ -33,7 +33,7 @@ from catdog.config import PrepareConfig, TrainConfig, to_dict
 from catdog.dataset import prepare
 from catdog.dataset.reading import load_info
 from catdog.errors import DatasetError, OutputRefusedError, TrainingError, UsageError
-from catdog.training import checkpoint, decoding, loop, progress, train, trainer
+from catdog.training import checkpoint, decoding, group, loop, progress, train, trainer
 from catdog.training.feed import Share
 from catdog.training.progress import Teller, Tick
 from catdog.training.recorder import Recorder
@@ -244,7 +244,7 @@ def test_images_of_one_class_only_are_refused(dataset: str, tmp_path: Path, spli
 def test_more_workers_than_the_cluster_holds_are_refused(
     dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("catdog.training.trainer.RESOURCES_TIMEOUT_S", 1)
+    monkeypatch.setattr("catdog.training.group.RESOURCES_TIMEOUT_S", 1)
     message = r"^the cluster must have 16 CPUs for 15 workers and what feeds them\. Received: 3 CPUs$"
     with pytest.raises(TrainingError, match=message):
         train(config(dataset, tmp_path / "model", num_workers=15))
@@ -375,8 +375,8 @@ def test_what_ended_the_workers_is_told_in_a_line() -> None:
         "train_loop", "Traceback\n  File ...\nZeroDivisionError: by zero", ValueError()
     )
     for failures, text in (({0: failed, 1: died}, r"^worker 1 died$"), ({0: failed}, r"ZeroDivisionError: by zero$")):
-        assert re.search(text, trainer._text(ray.train.WorkerGroupError("Training failed", failures)))
-    assert trainer._text(ray.train.ControllerError(ValueError("too\nlate"))).endswith("too late")
+        assert re.search(text, group._text(ray.train.WorkerGroupError("Training failed", failures)))
+    assert group._text(ray.train.ControllerError(ValueError("too\nlate"))).endswith("too late")
 
 
 @pytest.fixture(scope="module")
@@ -467,7 +467,7 @@ def joined_node(num_cpus: int) -> Iterator[None]:
 
 
 def test_workers_that_no_node_holds_are_refused(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("catdog.training.trainer.RESOURCES_TIMEOUT_S", 1)
+    monkeypatch.setattr("catdog.training.group.RESOURCES_TIMEOUT_S", 1)
     rule = r"^the cluster must have nodes with 4 CPUs for each of 1 workers\. Received: nodes with "
     with joined_node(num_cpus=2):
         deadline = time.monotonic() + 60
@@ -481,7 +481,7 @@ def test_it_goes_on_with_as_many_workers_as_there_is_room_for_and_streams(
     dataset: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Of 3 CPUs there is room for one worker of two, and with another node for two workers.
-    monkeypatch.setattr("catdog.training.trainer.RESIZE_INTERVAL_S", 2.0)
+    monkeypatch.setattr("catdog.training.group.RESIZE_INTERVAL_S", 2.0)
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     output, seen = tmp_path / "model", tmp_path / "workers"
     seen.mkdir()

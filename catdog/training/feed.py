@@ -65,16 +65,15 @@ class _Window:
 
     seed: tuple[int, ...] | None
     chunks: Sequence[int]
-    num_rows: int
     wanted: range
     """Which rows, of these in their new order: neither those before the checkpoint nor those after the epoch."""
 
     def rows(self, pieces: Sequence[Batch]) -> Iterator[Row]:
         """The images of what `decode` made of the chunks, in their new order."""
-        order = np.arange(self.num_rows)
+        offsets = np.cumsum([0, *(len(labels) for _, labels in pieces)])
+        order = np.arange(offsets[-1])
         if self.seed is not None:
             order = np.random.default_rng(self.seed).permutation(order)
-        offsets = np.cumsum([0, *(len(labels) for _, labels in pieces)])
         for piece, row in zip(*_places(offsets, order[self.wanted.start : self.wanted.stop]), strict=True):
             yield pieces[piece][0][row], pieces[piece][1][row]
 
@@ -165,7 +164,6 @@ class Feed:
                     yield _Window(
                         seed=None if seed is None else (seed, each, self._share.rank, number),
                         chunks=chunks,
-                        num_rows=num_rows,
                         wanted=range(max(0, num_seen - num_before), min(num_rows, num_wanted - num_before)),
                     )
                 num_before += num_rows
