@@ -1,17 +1,24 @@
-# `make demo`, `make test`, `make check`: from a bare machine with Python 3.11 to 3.13, and make.
+# `make demo`, `make test` and `make check` need Python 3.11 to 3.13 and make, and install the rest.
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Written once everything is installed; older than what it was installed from means: install again.
+# Touched when everything is installed. Everything is installed again once pyproject.toml or constraints.txt is newer.
 INSTALLED := .venv/installed
 
-.PHONY: demo test check default-model clean
+.PHONY: demo test test-fast check default-model clean
 
 demo: $(INSTALLED)
 	$(BIN)/catdog demo --output catdog-demo
 
+# Two test modules at a time: together they keep two cores busy, and take the memory of two Rays.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+
 test: $(INSTALLED)
-	$(BIN)/pytest
+	$(PYTEST) --durations=15
+
+# For the edit loop: what needs neither Ray nor TensorFlow nor a server.
+test-fast: $(INSTALLED)
+	$(PYTEST) -m "not slow" -q
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -19,7 +26,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_layers.py
 
-# The model that ships: make default-model IMAGES='train-*.zip'
+# Makes anew the model that ships with catdog: make default-model IMAGES='train-*.zip'
 default-model: $(INSTALLED)
 	$(BIN)/catdog prepare --images '$(IMAGES)' --output build/data
 	$(BIN)/catdog train --data build/data --output build/model --arch efficientnet_lite2 --num-workers 2

@@ -1,3 +1,3 @@
 """Cats versus dogs as a distributed batch classification job."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,4 +1,4 @@
-"""Random augmentation, on the device that trains.
+"""Random augmentation, computed on the device that trains.
 
 Shapes: `B` images in the batch; `S` pixels per side as decoded; `T` pixels per side of a training crop; `C` = 3.
 """
@@ -12,16 +12,20 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 MAX_ASPECT: Final = 4 / 3
-"""Widest (and, inverted, narrowest) crop: that of Inception's crops (Szegedy et al. 2015)."""
+"""Width to height of the widest crop, and height to width of the narrowest: as in Szegedy et al. 2015 (Inception)."""
 
 MAX_BRIGHTNESS: Final = 0.2
 MAX_CONTRAST: Final = 0.2
 MAX_SATURATION: Final = 0.3
-"""Largest relative changes either way. Daylight and lamplight differ by more; a burnt-out picture teaches nothing."""
+"""Largest relative changes of brightness, contrast and saturation, up or down. Daylight and lamplight differ by more,
+but an overexposed picture teaches nothing."""
 
 
 class Rows(NamedTuple):
-    """Which rows of a batch these images are: what is drawn for an image depends on its place in the whole batch."""
+    """The place of a worker's images in the whole batch: images `start` to `stop` of `batch_size`.
+
+    The random numbers of an image depend on its place in the whole batch, not on which worker has it.
+    """
 
     start: int
     stop: int
@@ -37,17 +41,18 @@ def random_views(
     seed: tf.Tensor,
     rows: Rows | None = None,
 ) -> tf.Tensor:
-    """A random view of each image: flipped, rotated, zoomed, shifted and with other light.
+    """A random view of each image: flipped, rotated, zoomed, shifted, and with other light and colours.
 
-    Flip, rotation, zoom and shift are one projective warp, with bilinear sampling; what lies outside is mirrored.
+    Flip, rotation, zoom and shift are one projective warp with bilinear sampling. The picture is mirrored at its edges.
 
     Args:
         images_BSSC: pixels, 0 to 255, any dtype.
         crop_size: `T`, pixels per side of the result.
-        min_area: a view shows a share of the picture's area drawn uniformly between this and 1.
+        min_area: lower bound of the share of the picture's area that a view shows. The share is drawn uniformly between
+            this and 1; a view wider or higher than the picture is then cut to it.
         rotation_deg: largest rotation either way, in degrees.
         seed: int32 (2,). The same seed gives the same views.
-        rows: of the whole batch; default: these are all.
+        rows: where these images stand in the whole batch; None if they are the whole batch.
 
     Returns:
         float32 (B, T, T, C), 0 to 255.
@@ -89,7 +94,7 @@ def random_views(
     contrast_B = 1.0 + _between(draws_9B[7], -1.0, 1.0) * MAX_CONTRAST
     saturation_B = 1.0 + _between(draws_9B[8], -1.0, 1.0) * MAX_SATURATION
     grey_BTT1 = tf.reduce_mean(views_BTTC, axis=-1, keepdims=True)
-    # ((grey + (view - grey) * saturation) - 127.5) * contrast + 127.5 + brightness, in few passes over all channels.
+    # ((grey + (view - grey) * saturation) - 127.5) * contrast + 127.5 + brightness, written so as to take few passes.
     offset_BTT1 = grey_BTT1 * _per_image((1.0 - saturation_B) * contrast_B) + _per_image(
         127.5 * (1.0 - contrast_B) + brightness_B
     )
@@ -100,17 +105,20 @@ def random_views(
 def cutmix(
     images_BTTC: tf.Tensor, targets_B: tf.Tensor, *, max_area: float, seed: tf.Tensor, rows: Rows | None = None
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Cover a square of each image with that of another one, and mix their targets likewise (Yun et al., ICCV 2019).
+    """Cover a square of each image with the same square of another one, and mix the targets likewise.
+
+    This is CutMix (Yun et al., ICCV 2019). The images are mixed in pairs: the first and the last, the second and the
+    last but one, and so on.
 
     Args:
-        images_BTTC: float32.
+        images_BTTC: pixels, float32.
         targets_B: probabilities of class 1, float32.
-        max_area: a patch covers a share of the image's area drawn uniformly between 0 and this.
+        max_area: largest share of an image's area that a patch covers. The share is drawn uniformly between 0 and this.
         seed: int32 (2,). The same seed gives the same patches.
-        rows: as `random_views`.
+        rows: as in `random_views`.
 
     Returns:
-        Images and targets, shaped as they came.
+        The images and the targets, in their shapes.
     """
     import tensorflow as tf
 
@@ -130,7 +138,7 @@ def cutmix(
 
 
 def _draws(num_draws: int, images_BSSC: tf.Tensor, seed: tf.Tensor, rows: Rows | None) -> list[tf.Tensor]:
-    """Numbers between 0 and 1, float32 (B,)."""
+    """`num_draws` random numbers between 0 and 1 for each image, each of them float32 (B,)."""
     import tensorflow as tf
 
     num_images = tf.shape(images_BSSC)[0]

@@ -1,4 +1,4 @@
-"""The whole way on pictures that it draws itself: prepare, train, predict, evaluate."""
+"""The demo: it draws pictures, and runs the jobs prepare, train, predict and evaluate on them."""
 
 import concurrent.futures
 import contextlib
@@ -7,40 +7,72 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
-from catdog import drawings, storage
+from catdog import drawings, hardware, records, storage
 from catdog.config import DemoConfig, EvaluateConfig, PredictConfig, PrepareConfig, TrainConfig
+from catdog.dataset import prepare
+from catdog.dataset.pipeline import PrepareRecord
+from catdog.evaluation import EvaluationRecord, evaluate
+from catdog.inference import RunRecord, predict
+from catdog.metrics import Estimate
 from catdog.ray_session import connect
 from catdog.schema import CLASS_NAMES
+from catdog.training import TrainRecord, train
 
 logger = logging.getLogger(__name__)
 
 RECORD_NAME: Final = "demo.json"
-"""Written first, and again, with the record, at the end: it marks a directory as a demo's."""
+"""Name of the file that marks a directory as a demo's. It is written first, and again at the end, with the record."""
 
 PARTS: Final = ("drawings", "data", "model", "predictions", "evaluation")
+"""Names of the directories in a demo's directory."""
 
 NUM_DRAWINGS: Final = 600
 NUM_WORKERS: Final = 2
 SEED: Final = 0
 
 
-def run_demo(config: DemoConfig) -> dict[str, Any]:
-    """Draw pictures, and run every job on them, on this machine. An earlier demo in the same place is replaced.
+@dataclass(frozen=True, kw_only=True)
+class DemoRecord(records.Record):
+    """What the demo did: the records of all jobs."""
 
-    Returns:
-        The records of the jobs by name, and `output`, `drawings`, `accuracy` (on the held-out test split) and
-        `duration_s`.
+    command: str
+    output: str
+    drawings: str
+    """Directory of the pictures."""
+
+    accuracy: Estimate
+    """Accuracy on the test split, which had no part in training."""
+
+    duration_s: float
+    prepare: PrepareRecord
+    train: TrainRecord
+    predict: RunRecord
+    evaluate: EvaluationRecord
+
+    def summary(self) -> list[str]:
+        """The lines of every job, and the paths of what to look at."""
+        return [
+            *self.prepare.summary(),
+            *self.train.summary(),
+            *self.predict.summary(),
+            *self.evaluate.summary(),
+            f"The demo took {self.duration_s:,.0f} s. Look at:",
+            f"  {self.drawings}",
+            f"  {self.prepare.output}/samples.png",
+            f"  {self.train.output}/curves.png",
+            *(f"  {path}" for name, path in self.evaluate.files.items() if name.endswith(".png")),
+        ]
+
+
+def run_demo(config: DemoConfig) -> DemoRecord:
+    """Draw pictures, and run every job on them, on this machine. An earlier demo in the same directory is replaced.
 
     Raises:
-        OutputRefusedError: the output holds something that is no demo's.
+        OutputRefusedError: the output holds something that no demo wrote.
     """
-    from catdog.dataset import prepare
-    from catdog.evaluation import evaluate
-    from catdog.inference import predict
-    from catdog.training import train
-
     started = time.monotonic()
     output = storage.absolute(config.output)
     storage.refuse_foreign_output(output, (RECORD_NAME,), says={"command": "demo"})
@@ -49,12 +81,9 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     storage.publish_json(storage.join(output, RECORD_NAME), {"command": "demo"})
     pictures, data, model, predictions, evaluation = (storage.join(output, name) for name in PARTS)
     _draw(pictures)
-    records = {}
     with _embedded_ray():
-        records["prepare"] = prepare(
-            PrepareConfig(images=pictures, output=data, val_fraction=0.15, test_fraction=0.2, seed=SEED)
-        )
-        records["train"] = train(
+        prepared = prepare(PrepareConfig(images=pictures, output=data, val_fraction=0.15, test_fraction=0.2, seed=SEED))
+        trained = train(
             TrainConfig(
                 data=data,
                 output=model,
@@ -66,29 +95,32 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
                 seed=SEED,
             )
         )
-    records["predict"] = predict(PredictConfig(images=pictures, output=predictions, model=model, executor="inline"))
-    records["evaluate"] = evaluate(EvaluateConfig(data=data, model=model, output=evaluation))
-    record = {
-        "command": "demo",
-        "output": output,
-        "drawings": pictures,
-        "accuracy": records["evaluate"]["accuracy"],
-        "duration_s": round(time.monotonic() - started, 1),
-        **records,
-    }
-    storage.publish_json(storage.join(output, RECORD_NAME), record)
+    labelled = predict(PredictConfig(images=pictures, output=predictions, model=model, executor="inline"))
+    evaluated = evaluate(EvaluateConfig(data=data, model=model, output=evaluation))
+    record = DemoRecord(
+        command="demo",
+        output=output,
+        drawings=pictures,
+        accuracy=evaluated.accuracy,
+        duration_s=round(time.monotonic() - started, 1),
+        prepare=prepared,
+        train=trained,
+        predict=labelled,
+        evaluate=evaluated,
+    )
+    storage.publish_json(storage.join(output, RECORD_NAME), record.to_dict())
     return record
 
 
 def _draw(url: str) -> None:
-    """Labelled pictures in a folder per class, and two files that are no pictures, as any real collection has some."""
+    """Draw pictures into a folder per class, with two files that cannot be decoded: real collections have some."""
     logger.info("Drawing %d pictures", NUM_DRAWINGS)
 
     def draw(index: int) -> None:
         label = CLASS_NAMES[index % len(CLASS_NAMES)]
         storage.publish_bytes(storage.join(url, label, f"{label}-{index:03}.jpg"), _jpeg(label, index))
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(hardware.num_cores()) as pool:
         list(pool.map(draw, range(NUM_DRAWINGS)))
     storage.publish_bytes(storage.join(url, "cat", "cut-short.jpg"), _jpeg("cat", NUM_DRAWINGS)[:2000])
     storage.publish_bytes(storage.join(url, "dog", "not-a-picture.jpg"), b"A letter about a dog.\n")
@@ -102,10 +134,10 @@ def _jpeg(label: str, index: int) -> bytes:
 
 @contextlib.contextmanager
 def _embedded_ray() -> Iterator[None]:
-    """One Ray for all jobs, on this machine: the nodes of a cluster in `RAY_ADDRESS` may not see our files."""
+    """One embedded Ray for all jobs, whatever `RAY_ADDRESS` says: the nodes of a cluster might not see our files."""
     address = os.environ.pop("RAY_ADDRESS", None)
     try:
-        with connect(None, min_cpus=NUM_WORKERS + (os.cpu_count() or 1)):
+        with connect(None, min_cpus=NUM_WORKERS + hardware.num_cores()):
             yield
     finally:
         if address is not None:

@@ -1,7 +1,7 @@
-"""Pictures of cats and dogs, drawn: data for the demo and the tests that anyone may have.
+"""Drawn pictures of cats and dogs: data for the demo and the tests that everyone may use.
 
 Both animals share their colours, coats, poses, sizes, places and backgrounds. What tells them apart is what tells the
-real ones apart: ears, muzzle, eyes, whiskers, tail.
+real animals apart: ears, muzzle, eyes, whiskers, tail.
 """
 
 import math
@@ -15,7 +15,7 @@ Point = tuple[float, float]
 Colour = tuple[int, int, int]
 
 _CANVAS: Final = 400
-"""Pixels per side of the layer that an animal is drawn on; the finished picture is a good deal smaller."""
+"""Pixels per side of the layer that an animal is drawn on. The finished picture is much smaller."""
 
 _COATS: Final[Sequence[Colour]] = (
     (92, 64, 44),
@@ -32,7 +32,7 @@ _WHITE: Final = (250, 248, 244)
 
 
 def draw(label: str, seed: Sequence[int]) -> Image.Image:
-    """One RGB picture of a `cat` or a `dog`. The same label and seed give the same picture."""
+    """Draw one RGB picture of a `cat` or a `dog`. The same label and seed give the same picture."""
     rng = np.random.default_rng([*seed])
     width, height = (int(side) for side in rng.integers(150, 260, size=2))
     picture = _background(width, height, rng)
@@ -49,7 +49,7 @@ def draw(label: str, seed: Sequence[int]) -> Image.Image:
 
 
 def _background(width: int, height: int, rng: np.random.Generator) -> Image.Image:
-    """A sloping gradient between two colours, with a few blurred shapes on it."""
+    """A gradient between two colours in a random direction, with a few blurred shapes on it."""
     ends = rng.integers(20, 236, size=(2, 3))
     angle = rng.uniform(0, 2 * math.pi)
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
@@ -68,7 +68,7 @@ def _background(width: int, height: int, rng: np.random.Generator) -> Image.Imag
 
 
 def _photographed(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Exposure, colour cast, a little blur and sensor noise."""
+    """The picture with the marks of a camera: exposure, colour cast, a little blur and sensor noise."""
     picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1)))
     exposed_HWC = np.asarray(picture) * rng.uniform(0.7, 1.15) * rng.uniform(0.9, 1.1, size=3) + rng.uniform(-15, 15)
     noise_HWC = rng.normal(0, rng.uniform(2, 12), size=exposed_HWC.shape)
@@ -106,7 +106,7 @@ class _Animal:
         self.pen.ellipse((x - across, y - down, x + across, y + down), fill=fill, outline=outline, width=3)
 
     def _tail(self, root: Point) -> None:
-        """The cat's is long, thin and curls; the dog's is short and thick."""
+        """Draw the tail: a cat's is long and thin, and curls; a dog's is short and thick."""
         x, y = root
         if self.is_cat:
             lift = self.rng.uniform(90, 150)

@@ -1,17 +1,18 @@
 """Every error that catdog raises on purpose.
 
     CatdogError                exit 1: the job failed
-    ├── UsageError             exit 2: an argument, a configuration or an input that cannot be used
+    ├── UsageError             exit 2: an argument, a configuration or an input cannot be used
     │   └── OutputRefusedError exit 2: the output holds something that this command did not write
-    ├── StorageError           exit 1: a storage could not be reached, or kept failing
-    ├── BundleError            exit 1: a model bundle that is damaged or that we do not understand
-    ├── DatasetError           exit 1: a prepared dataset that is damaged, incomplete or not one
+    ├── StorageError           exit 1: a storage could not be reached, or kept failing after retries
+    ├── BundleError            exit 1: a model bundle is missing, damaged or of an unknown format
+    ├── DatasetError           exit 1: a dataset is missing, damaged or incomplete, or cannot be made
     ├── TrainingError          exit 1: training cannot start or cannot go on
-    ├── BooksError             exit 1: a run whose books do not close
-    └── ImageError             one image that cannot be used; becomes a row, never ends a job
+    ├── BooksError             exit 1: images of a prediction run were lost or counted twice
+    └── ImageError             one image cannot be used; it becomes a row with an error code, and the job goes on
 
-Only `catdog.cli` catches `CatdogError`: it prints the message as one line and exits with `exit_code`. Anything else
-keeps its traceback.
+Only `catdog.cli` ends a command with a `CatdogError`: it prints the message as one line and exits with `exit_code`. A
+task on another process hands its `CatdogError` to the driver, which raises it again. Every other exception keeps its
+traceback.
 """
 
 from typing import ClassVar
@@ -24,7 +25,7 @@ class CatdogError(Exception):
 
 
 class UsageError(CatdogError):
-    """An argument, a configuration or an input that cannot be used. States the rule, then what was received."""
+    """An argument, a configuration or an input cannot be used. The message states the rule, then what was received."""
 
     exit_code: ClassVar[int] = 2
 
@@ -38,11 +39,11 @@ class StorageError(CatdogError):
 
 
 class BundleError(CatdogError):
-    """A model bundle that is missing, damaged, or of a format that this version does not understand."""
+    """A model bundle is missing, damaged, or of a format that this version does not know."""
 
 
 class DatasetError(CatdogError):
-    """A prepared dataset that is missing, damaged or incomplete."""
+    """A dataset is missing, damaged or incomplete, or the images do not suffice to make one."""
 
 
 class TrainingError(CatdogError):
@@ -50,11 +51,14 @@ class TrainingError(CatdogError):
 
 
 class BooksError(CatdogError):
-    """A run whose books do not close: `listed != ok + error + already_done + duplicate`."""
+    """The books of a prediction run do not balance, or an output holds an image twice or lacks a part file.
+
+    Books balance if `listed == ok + error + already_done + duplicate`.
+    """
 
 
 class ImageError(CatdogError):
-    """One image that cannot be used.
+    """One image cannot be used.
 
     Attributes:
         code: one of `catdog.schema.ERROR_CODES`.
@@ -65,5 +69,5 @@ class ImageError(CatdogError):
         self.code = code
 
     def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:
-        """Pickle with both arguments: images are read in other processes."""
+        """Pickle both arguments, which the default does not do: images are read in other processes."""
         return type(self), (self.code, str(self))

@@ -1,8 +1,8 @@
-"""Encoded bytes to pixels, or a named reason why not.
+"""Decoding: encoded bytes to pixels, or an `ImageError` with a code that says why not.
 
-Training, batch labelling and serving all decode here, so that they see the same pixels. Every function is
-thread-safe, and Pillow releases the GIL while it decodes and resizes. Of an animation or a multi-page file the first
-frame counts; colour profiles are ignored.
+Training and labelling both decode here, so that they see the same pixels. Every function is thread-safe, and Pillow
+releases the GIL while it decodes and resizes. Of an animation or a multi-page file only the first frame is read. Colour
+profiles are ignored.
 
 Shapes: `H` = `W` = the requested size in pixels, `C` = 3 (RGB).
 """
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import PIL
 
-# Importing a plugin registers its formats: only these, and no search for others at the first odd file.
+# Importing a plugin registers its formats. With `formats=FORMATS`, `Image.open` searches for no other plugins.
 from PIL import (
     AvifImagePlugin,  # noqa: F401
     BmpImagePlugin,  # noqa: F401
@@ -42,23 +42,22 @@ from PIL import (
 from catdog.errors import ImageError
 
 MAX_PIXELS: Final = 89_478_485
-"""Largest width times height that is decoded: Pillow's own default for its decompression-bomb warning."""
+"""Largest width times height of an image that is decoded: the limit at which Pillow warns of a decompression bomb."""
 
 RESIZE_RULE: Final = "stretch-bilinear-v1"
 """Name of what `decode` does: the whole picture, EXIF upright, RGB, transparency on white, stretched to a square by
-bilinear interpolation with antialiasing. Stored in every model bundle: change what is done, and this name changes
-too."""
+bilinear interpolation with antialiasing. Every model bundle stores it, so it must change whenever the result of
+`decode` does."""
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
-"""The formats that are read, in the order in which they are tried: a closed list. None of them starts a process (as EPS
-does), and all are recognised by their first bytes (as TGA is not). JPEG includes MPO, the multi-picture JPEG of
-phones."""
+"""The formats that are read, in the order in which they are tried. Decoding none of them starts a process (EPS does),
+and each is recognised by its first bytes (TGA is not). JPEG includes MPO, the multi-picture JPEG of phones."""
 
-_JPEG: Final = ("JPEG", "MPO")
-_PLAIN: Final = (*_JPEG, "PNG", "WEBP")
+_JPEG_FORMATS: Final = ("JPEG", "MPO")
+_CANONICAL_FORMATS: Final = (*_JPEG_FORMATS, "PNG", "WEBP")
 _16_BIT_MODES: Final = ("I;16", "I;16L", "I;16B", "I;16N")
 _MODES: Final = ("RGB", "RGBA", "RGBX", "L", "LA", "1", "P", "PA", "CMYK", "YCbCr", "LAB", *_16_BIT_MODES)
-"""Pixel modes that have a meaning as a picture. F and I have none without knowing their range."""
+"""The pixel modes that are read. The modes F and I are not: nothing says which of their values is white."""
 
 _ORIENTATION_TAG: Final = 0x0112
 _UPRIGHT: Final = {
@@ -70,7 +69,7 @@ _UPRIGHT: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation to what turns the picture upright; from 5 on, width and height change places."""
+"""EXIF orientation → the operation that turns the picture upright. From 5 on, it swaps width and height."""
 
 _BAD_DATA: Final = (
     OSError,
@@ -84,8 +83,8 @@ _BAD_DATA: Final = (
     struct.error,
     zlib.error,
 )
-"""What Pillow's decoders raise on damaged data: seen on 300,000 randomly cut and altered files of its own test suite,
-or raised by what they call."""
+"""The exceptions that Pillow's decoders raise on damaged data: those that 300,000 randomly cut and altered files of its
+test suite raised, and those of the functions that the decoders call."""
 
 _CUT_SHORT: Final = re.compile("truncated|not enough image data|expected to read", re.IGNORECASE)
 """Pillow's words for a file that ends early."""
@@ -93,12 +92,12 @@ _CUT_SHORT: Final = re.compile("truncated|not enough image data|expected to read
 
 @dataclass(frozen=True, slots=True)
 class DecodedImage:
-    """Pixels as the model takes them.
+    """An image in the form that the model takes.
 
     Attributes:
-        pixels_HWC: uint8, 0..255, RGB, read-only.
-        width: of the upright original, in pixels.
-        height: of the upright original, in pixels.
+        pixels_HWC: the pixels, uint8, 0..255, RGB, read-only.
+        width: the width of the upright original, in pixels.
+        height: the height of the upright original, in pixels.
     """
 
     pixels_HWC: npt.NDArray[np.uint8]  # noqa: N815
@@ -121,9 +120,9 @@ def decode(data: bytes, size_px: int) -> DecodedImage:
     Raises:
         ImageError: empty_file, unsupported_format, truncated, too_large or decode_failed.
     """
-    # Decoding a JPEG at a half, a quarter or an eighth of its size is far cheaper: 4 to 7 times for 12 megapixels at
-    # 150 px. Twice the target is left for the resize, which makes of it what it makes of all pixels, give or take 0.3
-    # of 255 on average.
+    # A draft decodes a JPEG at a half, a quarter or an eighth of its size, which is 4 to 7 times faster for 12
+    # megapixels at 150 px. It is at least twice the target size here, so that the resized pixels differ from those of
+    # the full image by 0.3 of 255 on average.
     loaded = _load(data, draft_px=2 * size_px)
     small = loaded.rgb.resize((size_px, size_px), Image.Resampling.BILINEAR)
     return DecodedImage(np.asarray(loaded.turn(small)), loaded.width, loaded.height)
@@ -140,19 +139,19 @@ def open_upright(data: bytes) -> Image.Image:
 
 
 def canonical_bytes(data: bytes) -> CanonicalImage:
-    """Validate an image by decoding it, and give it as an encoded, upright RGB image.
+    """Validate an image by decoding it, and return it as an encoded, upright RGB image.
 
-    JPEG, PNG and WebP files that are one already come back byte for byte. Others are encoded anew: JPEG as JPEG at
-    quality 95 with full chroma, the rest as PNG.
+    A JPEG, PNG or WebP file that is already upright and RGB is returned byte for byte. Any other file is encoded anew:
+    JPEG as JPEG at quality 95 with full chroma, the rest as PNG.
 
     Raises:
         ImageError: as `decode`.
     """
     loaded = _load(data)
-    if not loaded.is_plain:
+    if not loaded.is_canonical:
         buffer = io.BytesIO()
         upright = loaded.turn(loaded.rgb)
-        if loaded.format in _JPEG:
+        if loaded.format in _JPEG_FORMATS:
             upright.save(buffer, "JPEG", quality=95, subsampling=0, icc_profile=None)
         else:
             upright.save(buffer, "PNG", icc_profile=None)
@@ -162,26 +161,26 @@ def canonical_bytes(data: bytes) -> CanonicalImage:
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """A decoded image, not yet turned.
+    """A decoded image that is not yet turned upright.
 
     Attributes:
-        rgb: at full size, or at the size it was drafted at.
-        format: Pillow's name of the file format.
-        orientation: EXIF orientation, 1 where there is none.
-        is_plain: the file is an upright RGB JPEG, PNG or WebP with one frame as it stands.
-        width: of the upright original, in pixels.
-        height: of the upright original, in pixels.
+        rgb: the pixels, at full size or at that of the draft.
+        format: Pillow's name for the file format.
+        orientation: EXIF orientation; 1 where the file has none.
+        is_canonical: whether the file is an upright RGB JPEG, PNG or WebP, and no animation.
+        width: the width of the upright original, in pixels.
+        height: the height of the upright original, in pixels.
     """
 
     rgb: Image.Image
     format: str | None
     orientation: int
-    is_plain: bool
+    is_canonical: bool
     width: int
     height: int
 
     def turn(self, image: Image.Image) -> Image.Image:
-        """`image`, of this file, upright."""
+        """Turn `image`, which has the orientation of this file, upright."""
         return image.transpose(_UPRIGHT[self.orientation]) if self.orientation in _UPRIGHT else image
 
 
@@ -205,19 +204,19 @@ def _load(data: bytes, draft_px: int | None = None) -> _Loaded:
     except _BAD_DATA as error:
         text = str(error) or type(error).__name__
         raise ImageError("truncated" if _CUT_SHORT.search(text) else "decode_failed", text) from error
-    is_plain = (
-        image.format in _PLAIN
+    is_canonical = (
+        image.format in _CANONICAL_FORMATS
         and rgb is image
         and orientation not in _UPRIGHT
-        and (image.format in _JPEG or not getattr(image, "is_animated", False))
+        and (image.format in _JPEG_FORMATS or not getattr(image, "is_animated", False))
     )
     if orientation >= 5:
         width, height = height, width
-    return _Loaded(rgb, image.format, orientation, is_plain, width, height)
+    return _Loaded(rgb, image.format, orientation, is_canonical, width, height)
 
 
 def _check_header(image: ImageFile.ImageFile) -> None:
-    """Refuse what must not be decoded. Nothing has been decoded yet."""
+    """Refuse an image that must not be decoded, by its header: nothing has been decoded yet."""
     if image.width * image.height > MAX_PIXELS:
         raise ImageError("too_large", f"{image.width} x {image.height} px is more than {MAX_PIXELS} pixels")
     if image.mode not in _MODES:
@@ -225,7 +224,7 @@ def _check_header(image: ImageFile.ImageFile) -> None:
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
-    """EXIF orientation of a loaded image; 1 where its EXIF data is damaged, as every viewer takes it."""
+    """EXIF orientation of a loaded image; 1 where the EXIF data is damaged, as viewers show such an image unturned."""
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     except _BAD_DATA:
@@ -234,7 +233,7 @@ def _orientation(image: ImageFile.ImageFile) -> int:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """A loaded image as RGB; itself where it is."""
+    """A loaded image as RGB, on white where it is transparent. An image that is opaque RGB is returned as it is."""
     if image.mode in _16_BIT_MODES:
         return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
@@ -246,7 +245,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _unidentified(data: bytes) -> ImageError:
-    prefix = data[:16].ljust(16, b"\0")  # as many bytes as Pillow looks at, and some of its checks fail on fewer
+    prefix = data[:16].ljust(16, b"\0")  # as many bytes as Pillow checks; some of its checks fail on fewer
     if any(Image.OPEN[name][1](prefix) is True for name in FORMATS):  # type: ignore[misc]
         return ImageError("decode_failed", "the header is damaged or cut short")
     what = "HEIC" if prefix[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1") else "not an image in one of these formats"
@@ -257,16 +256,16 @@ _PILLOW_FILTER: Final = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
 def _silence_pillow() -> None:
-    """Keep Pillow's warnings about damaged files to itself: what matters of them ends in an `ImageError`.
+    """Hide Pillow's warnings about damaged files: an `ImageError` reports what matters.
 
-    `warnings.catch_warnings` around each call would not do: it is not thread-safe.
+    `warnings.catch_warnings` around each call would not be thread-safe.
     """
     if _PILLOW_FILTER not in warnings.filters:
         warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _silence_libtiff() -> None:
-    """Keep libtiff, as Pillow's wheels bundle it, from writing hundreds of lines on stderr for one damaged file."""
+    """Keep the libtiff in Pillow's wheels from writing hundreds of lines to stderr for one damaged file."""
     for path in glob.glob(os.path.join(os.path.dirname(PIL.__file__), "..", "pillow.libs", "libtiff*")):
         set_handler = ctypes.CDLL(path).TIFFSetErrorHandler
         set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p

@@ -1,4 +1,9 @@
-"""Class order, error codes and the schema of every Parquet file that catdog writes."""
+"""Class order, error codes, and the versioned schemas of datasets and predictions.
+
+The metadata of a Parquet file holds the name and version of its schema under `catdog.schema`, as `predictions/1`. A
+file without that entry counts as version 1: the first files were written without it. To add a column, make it nullable
+and increase the version.
+"""
 
 from typing import Final
 
@@ -16,14 +21,58 @@ ERROR_CODES: Final = (
     "too_large",  # more pixels or bytes than the limits in catdog.images and catdog.storage
     "decode_failed",
 )
-"""Why an image has no label. A closed list: consumers may switch on it."""
+"""The reasons why an image has no label. The list is closed, so that programs may branch on its codes."""
 
 REJECT_REASONS: Final = (*ERROR_CODES, "exact_duplicate", "conflicting_label")
-"""Why an image is not in a dataset's shards."""
+"""The reasons why a listed file is not in a dataset's shards."""
 
 SPLITS: Final = ("train", "val", "test")
 
-DATASET_SCHEMA: Final = pa.schema(
+_VERSION_KEY: Final = b"catdog.schema"
+
+
+def versioned(name: str, version: int, fields: list[pa.Field]) -> pa.Schema:
+    """A schema whose metadata holds its name and version."""
+    return pa.schema(fields, metadata={_VERSION_KEY: f"{name}/{version}"})
+
+
+def check(found: pa.Schema, expected: pa.Schema) -> None:
+    """Check that the schema of a file is `expected`, or an earlier version of it.
+
+    Raises:
+        ValueError: it is neither. The message says what differs.
+    """
+    name, version = _version_of(expected)
+    found_name, found_version = _version_of(found, default=name)
+    if found_name != name or found_version > version:
+        raise ValueError(f"it is {found_name}/{found_version}, and this catdog reads {name}/1 to {name}/{version}")
+    for field in expected:
+        if field.name in found.names:
+            if found.field(field.name).type != field.type:
+                raise ValueError(f"its column {field.name} is {found.field(field.name).type}, not {field.type}")
+        elif found_version == version or not field.nullable:
+            raise ValueError(f"it lacks the column {field.name}")
+    if extra := set(found.names) - set(expected.names):
+        raise ValueError(f"it has the unknown column {min(extra)}")
+
+
+def conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A table from a checked file, with exactly the columns of `schema`. A column that the file lacks is null."""
+    for field in schema:
+        if field.name not in table.schema.names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table.select(schema.names).cast(schema)
+
+
+def _version_of(schema: pa.Schema, default: str = "") -> tuple[str, int]:
+    """(name, version) from the metadata of a schema; (`default`, 1) where the metadata has neither."""
+    name, _, version = (schema.metadata or {}).get(_VERSION_KEY, f"{default}/1".encode()).decode().rpartition("/")
+    return name, int(version)
+
+
+DATASET_SCHEMA: Final = versioned(
+    "dataset",
+    1,
     [
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("uri", pa.string(), nullable=False),
@@ -31,20 +80,24 @@ DATASET_SCHEMA: Final = pa.schema(
         pa.field("image", pa.binary(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
-    ]
+    ],
 )
 """`train|val|test/part-*.parquet`: `label` is an index into `CLASS_NAMES`; `image` is an encoded, upright RGB image."""
 
-REJECTS_SCHEMA: Final = pa.schema(
+REJECTS_SCHEMA: Final = versioned(
+    "rejects",
+    1,
     [
         pa.field("uri", pa.string(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
         pa.field("message", pa.string(), nullable=False),
-    ]
+    ],
 )
 """`rejects.parquet`: `reason` is one of `REJECT_REASONS`."""
 
-PREDICTIONS_SCHEMA: Final = pa.schema(
+PREDICTIONS_SCHEMA: Final = versioned(
+    "predictions",
+    1,
     [
         pa.field("uri", pa.string(), nullable=False),
         pa.field("image_id", pa.string()),
@@ -62,6 +115,6 @@ PREDICTIONS_SCHEMA: Final = pa.schema(
         pa.field("model_id", pa.string(), nullable=False),
         pa.field("run_id", pa.string(), nullable=False),
         pa.field("predicted_at", pa.timestamp("us", tz="UTC"), nullable=False),
-    ]
+    ],
 )
 """`OUTPUT/part-*.parquet`: one row per image; `status` is `ok` or `error`."""

@@ -1,4 +1,4 @@
-"""Who may write to this process's stdout and stderr: the result to the one, and no banners to the other."""
+"""What this process writes: the result, and nothing else, to stdout; no banners of TensorFlow's to stderr."""
 
 import contextlib
 import importlib.util
@@ -12,20 +12,20 @@ from types import ModuleType
 
 @contextlib.contextmanager
 def stdout_kept_clean() -> Iterator[None]:
-    """Send to stderr what a job, its libraries and child processes write to stdout, which is the result's alone."""
+    """Within a `with` block, send what this process and its children write to stdout to stderr instead."""
     sys.stdout.flush()
-    with _descriptor_to(1, 2), contextlib.redirect_stdout(sys.stderr):
+    with _redirected(1, 2), contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 def quieten_tensorflow() -> None:
-    """Silence what TensorFlow writes to stderr when it is imported; it heeds no setting (tensorflow#100442)."""
+    """Silence what TensorFlow writes to stderr when it is imported. No setting does that (tensorflow#100442)."""
     if "tensorflow" not in sys.modules:
         sys.meta_path.insert(0, _QuietTensorFlow())
 
 
 class _QuietTensorFlow(MetaPathFinder):
-    """Finds TensorFlow as the next finder does, and has it loaded with stderr closed."""
+    """Finds TensorFlow as the other finders do, and loads it with stderr sent to the null device."""
 
     def find_spec(self, name: str, _path: Sequence[str] | None, _target: ModuleType | None = None) -> ModuleSpec | None:
         """TensorFlow's own spec with a quiet loader; None for every other module."""
@@ -37,17 +37,17 @@ class _QuietTensorFlow(MetaPathFinder):
             load = spec.loader.exec_module
 
             def load_quietly(module: ModuleType) -> None:
-                with open(os.devnull, "wb") as nowhere, _descriptor_to(2, nowhere.fileno()):
+                with open(os.devnull, "wb") as nowhere, _redirected(2, nowhere.fileno()):
                     load(module)
-                    module.config.list_physical_devices()  # it complains of a missing GPU when it first looks for one
+                    module.config.list_physical_devices()  # TensorFlow complains of a missing GPU here
 
             spec.loader.exec_module = load_quietly  # type: ignore[method-assign]
         return spec
 
 
 @contextlib.contextmanager
-def _descriptor_to(descriptor: int, target: int) -> Iterator[None]:
-    """Let a file descriptor of this process be another one for a while."""
+def _redirected(descriptor: int, target: int) -> Iterator[None]:
+    """Within a `with` block, let one file descriptor of this process refer to the file of another one."""
     kept = os.dup(descriptor)
     os.dup2(target, descriptor)
     try:

@@ -1,1 +1,1 @@
-"""One entry script per job for `ray job submit`: each calls `catdog.cli` with its command's name."""
+"""Entry scripts for `ray job submit`. Each runs the command of `catdog.cli` that it is named after."""

@@ -1,4 +1,4 @@
-"""`catdog demo` as an entry script: `python -m jobs.demo`."""
+"""Entry script that runs `catdog demo`: `python -m jobs.demo ...`."""
 
 import sys
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""`catdog evaluate` for `ray job submit --working-dir . -- python -m jobs.evaluate ...`."""
+"""Entry script that runs `catdog evaluate`: `ray job submit --working-dir . -- python -m jobs.evaluate ...`."""
 
 import sys
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""`catdog predict` for `ray job submit --working-dir . -- python -m jobs.predict ...`."""
+"""Entry script that runs `catdog predict`: `ray job submit --working-dir . -- python -m jobs.predict ...`."""
 
 import sys
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""`catdog prepare` for `ray job submit --working-dir . -- python -m jobs.prepare ...`."""
+"""Entry script that runs `catdog prepare`: `ray job submit --working-dir . -- python -m jobs.prepare ...`."""
 
 import sys
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""`catdog train` for `ray job submit --working-dir . -- python -m jobs.train ...`."""
+"""Entry script that runs `catdog train`: `ray job submit --working-dir . -- python -m jobs.train ...`."""
 
 import sys
 from collections.abc import Sequence

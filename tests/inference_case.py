@@ -1,6 +1,7 @@
 """What the tests of bulk prediction share: a small model, photographs, and reading an output back."""
 
 import contextlib
+import io
 import os
 import signal
 import socket
@@ -14,11 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from catdog import bundle
+from catdog import bundle, drawings
 from catdog.architectures import LOGITS_LAYER, build_model, exported
+from catdog.engines import Arithmetic
+from catdog.schema import CLASS_NAMES
 
 SIZE_PX = 48
 REVIEW_THRESHOLD = 0.7
@@ -40,18 +45,48 @@ def save_model(url: str, seed: int = 0) -> str:
     return url
 
 
-def photographs(shared_data: Path, directory: Path, num_photos: int) -> Path:
-    """A folder of photographs, `000.jpg` and so on, and four files that are no usable image."""
+class Says:
+    """An engine that gives these logits, whatever it is shown."""
+
+    name = "says"
+    arithmetic: Arithmetic = "float32"
+
+    def __init__(self, *logits: float) -> None:
+        self.logits_B = np.array(logits, np.float32)
+
+    def predict(self, images_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        return self.logits_B
+
+
+def encoded_drawings(num: int) -> list[bytes]:
+    """So many JPEG files, no two the same."""
+    pictures = []
+    for index in range(num):
+        buffer = io.BytesIO()
+        drawings.draw(CLASS_NAMES[index % 2], (11, index)).save(buffer, "JPEG", quality=85)
+        pictures.append(buffer.getvalue())
+    return pictures
+
+
+def photographs(directory: Path, num_photos: int) -> Path:
+    """A folder of pictures, `000.jpg` and so on, and four files that are no usable image."""
     directory.mkdir(parents=True)
-    with zipfile.ZipFile(shared_data / "dogs-vs-cats" / "train-0.zip") as archive:
-        members = [info for info in archive.infolist() if info.filename.endswith(".jpg")][:num_photos]
-        for number, info in enumerate(members):
-            (directory / f"{number:03}.jpg").write_bytes(archive.read(info))
+    for number, picture in enumerate(encoded_drawings(num_photos)):
+        (directory / f"{number:03}.jpg").write_bytes(picture)
     (directory / "cut.jpg").write_bytes((directory / "000.jpg").read_bytes()[:1000])
     (directory / "empty.jpg").write_bytes(b"")
     (directory / "gone.jpg").symlink_to("nowhere.jpg")
     (directory / "letter.jpg").write_text("Dear cat,")
     return directory
+
+
+def archive(path: Path, num_members: int) -> Path:
+    """A zip of so many pictures, among which a few come again and again: enough to be killed amid."""
+    pictures = encoded_drawings(20)
+    with zipfile.ZipFile(path, "w") as opened:
+        for number in range(num_members):
+            opened.writestr(f"train/{number:05}.jpg", pictures[number % len(pictures)])
+    return path
 
 
 def rows_of(output: Path | str) -> pa.Table:
@@ -62,7 +97,8 @@ def rows_of(output: Path | str) -> pa.Table:
 
 def answers(output: Path | str) -> list[dict[str, Any]]:
     """Rows less what differs from run to run."""
-    return rows_of(output).drop_columns(["run_id", "predicted_at"]).to_pylist()
+    rows: list[dict[str, Any]] = rows_of(output).drop_columns(["run_id", "predicted_at"]).to_pylist()
+    return rows
 
 
 def kill_after_first_part(command: str, output: Path, *, victim: Callable[[int], int] = lambda pid: pid) -> None:

@@ -1,6 +1,8 @@
-"""One of a group of training workers, as a process of its own: `learner_worker.py RANK PORT,PORT,... OUTPUT`.
+"""One of a group of training workers: `learner_worker.py RANK PORT,PORT,... ARCH PRECISION OUTPUT`.
 
-Takes a few steps on a fixed set of images, each worker on its share of every batch, and saves what it ended with.
+It takes a few steps on a fixed set of images, each worker on its share of every batch, and saves what it ended with.
+Every group has processes of its own: in one process TensorFlow 2.21 numbers the collectives of a second strategy as it
+did those of the first, and on a busy machine now and then takes one for the other ("Shape mismatch in the collective").
 """
 
 import json
@@ -11,9 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-RUNS = (("plain", "float32"), ("normalized", "float32"), ("plain", "bfloat16"))
-"""Architecture and precision; the results are called `plain-float32/after-model-0`, ..."""
 
 NUM_STEPS, BATCH_SIZE, IMAGE_SIZE, CROP_SIZE = 6, 9, 48, 40
 
@@ -26,15 +25,17 @@ def steps(arch: str, precision: str, rank: int, num_workers: int) -> Arrays:
     The batch is odd: two workers have unequal shares.
     """
     from catdog.config import TrainConfig
+    from catdog.training import resolve
     from catdog.training.feed import Share
     from catdog.training.step import Learner
-    from catdog.training.trainer import resolve
 
     config = resolve(
         TrainConfig(data="-", output="-", arch=arch, batch_size=BATCH_SIZE, image_size=IMAGE_SIZE, epochs=1)
     )
     share = Share(rank=rank, num_workers=num_workers, batch_size=BATCH_SIZE)
-    learner = Learner(config, share, steps_per_epoch=NUM_STEPS, precision=precision)
+    # The first worker's precision holds for all, whatever the others would choose.
+    learner = Learner(config, share, steps_per_epoch=NUM_STEPS, precision=precision if rank == 0 else "float16")
+    assert learner.precision == precision
 
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, (NUM_STEPS, BATCH_SIZE)).astype(np.int8)
@@ -60,24 +61,18 @@ def steps(arch: str, precision: str, rank: int, num_workers: int) -> Arrays:
     }
 
 
-def main(rank: int, ports: list[str], output: Path) -> None:
+def main(rank: int, ports: list[str], arch: str, precision: str, output: Path) -> None:
     addresses = [f"127.0.0.1:{port}" for port in ports]
     os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}})
     import small_architectures
-    import tensorflow as tf
 
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
+    from catdog import hardware
     from catdog.architectures import ARCHITECTURES
 
+    hardware.configure_tensorflow(num_threads=1, num_parallel=1, use_gpu=False)
     ARCHITECTURES.update(small_architectures.made())
-    found = {
-        f"{arch}-{precision}/{name}": array
-        for arch, precision in RUNS
-        for name, array in steps(arch, precision, rank, len(ports)).items()
-    }
-    np.savez(output, **found)
+    np.savez(output, allow_pickle=False, **steps(arch, precision, rank, len(ports)))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2].split(","), Path(sys.argv[3]))
+    main(int(sys.argv[1]), sys.argv[2].split(","), sys.argv[3], sys.argv[4], Path(sys.argv[5]))

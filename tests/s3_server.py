@@ -1,8 +1,8 @@
 """A real S3 server on this machine, for the tests of object storage.
 
-`ministack`, served by hypercorn on a free port in a process of its own, which ends with the session. A test module that
-needs it says `pytest_plugins = ["s3_server"]` and takes the fixture `s3`. (PYTEST_DONT_REWRITE: no asserts here, and
-test modules may import the module before pytest does.)
+The server is `ministack`, run by hypercorn on a free port, in a process of its own that ends with the session. A test
+module that needs the server says `pytest_plugins = ["s3_server"]`; its tests that take the fixture `s3` are marked
+`slow`. (PYTEST_DONT_REWRITE: no asserts here, and test modules import this module before pytest does.)
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import fsspec
 import pytest
 
 _START_S = 180.0
@@ -28,8 +29,8 @@ class S3Server:
 
     Attributes:
         endpoint: `http://127.0.0.1:<port>`.
-        env: the environment variables by which a process finds it: endpoint, credentials, region.
-        pid: of the server.
+        env: the environment variables by which a process finds the server: endpoint, credentials, region.
+        pid: the server's process.
     """
 
     endpoint: str
@@ -37,25 +38,22 @@ class S3Server:
     pid: int
 
     def new_bucket(self) -> str:
-        """A bucket of its own, empty: `s3://<name>`."""
-        import botocore.session
-
-        client = botocore.session.Session().create_client(
+        """Make an empty bucket that nobody else uses: `s3://<name>`."""
+        filesystem = fsspec.filesystem(
             "s3",
+            skip_instance_cache=True,
             endpoint_url=self.endpoint,
-            aws_access_key_id=self.env["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=self.env["AWS_SECRET_ACCESS_KEY"],
-            region_name=self.env["AWS_DEFAULT_REGION"],
+            key=self.env["AWS_ACCESS_KEY_ID"],
+            secret=self.env["AWS_SECRET_ACCESS_KEY"],
         )
         name = f"catdog-{uuid.uuid4().hex[:12]}"
-        client.create_bucket(Bucket=name)
-        client.close()
+        filesystem.mkdir(name)
         return f"s3://{name}"
 
 
 @contextlib.contextmanager
 def s3_server() -> Iterator[S3Server]:
-    """Start a server, wait until it answers, and end it."""
+    """Start a server, wait until it answers, and end it afterwards."""
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory, "log")
         environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
@@ -87,7 +85,7 @@ def s3_server() -> Iterator[S3Server]:
 
 
 def _endpoint(process: "subprocess.Popen[bytes]", log: Path) -> str:
-    """Where the server listens, as its own log says: the system chose the port."""
+    """The address where the server listens. The system chose the port; the server's log tells it."""
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline and process.poll() is None:
         if match := re.search(r"Running on (http://127\.0\.0\.1:\d+)", log.read_text(errors="replace")):
@@ -105,7 +103,7 @@ def s3_process() -> Iterator[S3Server]:
 
 @pytest.fixture
 def s3(s3_process: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """The server, with this process's environment pointing to it."""
+    """The server. The environment variables of this process name its endpoint."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name, value in s3_process.env.items():

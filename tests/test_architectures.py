@@ -1,3 +1,5 @@
+"""`catdog.architectures`: every model has the layers, shapes and recipe that it must have."""
+
 from collections.abc import Iterator
 
 import keras
@@ -6,6 +8,8 @@ import pytest
 
 from catdog import architectures
 from catdog.errors import UsageError
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -44,7 +48,7 @@ def test_an_unknown_architecture_is_refused() -> None:
         architectures.build_model("vgg", 150)
 
 
-def test_a_backbone_computes_pixels_in_float32_and_infers_also_in_training(mixed_bfloat16: None) -> None:
+def test_a_backbone_gets_pixels_in_float32_and_gives_features_in_it(mixed_bfloat16: None) -> None:
     model = architectures.build_model("efficientnet_lite0", 224)
     backbone = architectures.backbone_layer(model)
     assert backbone is not None
@@ -53,6 +57,16 @@ def test_a_backbone_computes_pixels_in_float32_and_infers_also_in_training(mixed
     pixels_BHWC = np.full((1, 40, 40, 3), 200.3, "float32")
     scaled_BHWC = np.asarray(model.get_layer("scale")(pixels_BHWC))
     np.testing.assert_allclose(scaled_BHWC, (pixels_BHWC - 127) / 128, rtol=1e-6)
+
+
+@pytest.mark.parametrize("fixtures", [[], ["bfloat16", "mixed_bfloat16"]])
+def test_a_backbone_infers_also_in_training(fixtures: list[str], request: pytest.FixtureRequest) -> None:
+    for fixture in fixtures:
+        request.getfixturevalue(fixture)
+    model = architectures.build_model("efficientnet_lite0", 224)
+    backbone = architectures.backbone_layer(model)
+    assert backbone is not None
+    scaled_BHWC = np.full((1, 40, 40, 3), 0.573, "float32")
     before = [variable.numpy() for variable in backbone.variables]
     in_training, in_inference = (np.asarray(backbone(scaled_BHWC, training=training)) for training in (True, False))
     np.testing.assert_array_equal(in_training, in_inference)

@@ -1,4 +1,7 @@
+"""Random views and cutmix: what they change, and that the same seed gives the same result."""
+
 import itertools
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -6,6 +9,8 @@ import pytest
 import tensorflow as tf
 
 from catdog.augment import Rows, cutmix, random_views
+
+pytestmark = pytest.mark.slow
 
 
 def photographs(num: int, size: int) -> npt.NDArray[np.uint8]:
@@ -24,8 +29,8 @@ def mixed(
     return np.asarray(pictures), np.asarray(probabilities)
 
 
-def views(images: npt.NDArray[np.uint8], seed: int, **changes: float) -> npt.NDArray[np.float32]:
-    options = {"crop_size": 48, "min_area": 0.4, "rotation_deg": 20} | changes
+def views(images: npt.NDArray[np.uint8], seed: int, **changes: Any) -> npt.NDArray[np.float32]:
+    options: dict[str, Any] = {"crop_size": 48, "min_area": 0.4, "rotation_deg": 20} | changes
     return np.asarray(random_views(images, seed=tf.constant([7, seed]), **options))
 
 
@@ -67,7 +72,8 @@ def test_pixels_stay_with_their_image(order: list[int]) -> None:
 
 @pytest.mark.parametrize("num_workers", [2, 3])
 def test_a_view_depends_on_the_place_in_the_whole_batch(num_workers: int) -> None:
-    images, size = photographs(7, 40), {"crop_size": 32, "min_area": 0.4, "rotation_deg": 20}
+    images = photographs(7, 40)
+    size: dict[str, Any] = {"crop_size": 32, "min_area": 0.4, "rotation_deg": 20}
     seed = tf.constant([7, 1])
     whole = np.asarray(random_views(images, seed=seed, **size))
     bounds = [rank * len(images) // num_workers for rank in range(num_workers + 1)]

@@ -1,5 +1,6 @@
 """What `catdog bench` measures, on a few drawings: whether the figures are what they say, not what they are."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,12 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from catdog import bundle, cli, drawings, summaries
+from catdog import bundle, drawings
 from catdog.bench import chaos, contenders, processes, subset, train, watched
+from catdog.bench.killer import DURATIONS_S, Kill, Killer
 from catdog.config import BenchChaosConfig, BenchTrainConfig, PrepareConfig
 from catdog.dataset import load_info, prepare
 from catdog.errors import OutputRefusedError, TrainingError, UsageError
 from catdog.ray_session import connect
+
+pytestmark = pytest.mark.slow
 
 TINY: dict[str, Any] = {"image_size": 48, "batch_size": 8, "num_workers": 2, "num_images": 37}
 
@@ -50,7 +54,7 @@ def epochs_of(settings: processes.Settings) -> list[processes.Epoch]:
 
 
 def test_train_measures_every_contender_in_every_round(
-    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order = []
 
@@ -62,14 +66,13 @@ def test_train_measures_every_contender_in_every_round(
         return [epochs_of(each) for each in settings]
 
     monkeypatch.setattr(processes, "run", run)
-    line = f"bench train --data {dataset} --output {tmp_path} --num-rounds 2 --image-size 48 --batch-size 8"
-    assert cli.main([*line.split(), "--num-workers", "2", "--num-images", "37"]) == 0
+    record = train.bench_train(BenchTrainConfig(data=dataset, output=str(tmp_path), num_rounds=2, **TINY))
     assert len(order) == 14
     assert order[7:] == order[6::-1]
 
-    record = json.loads((tmp_path / "bench.json").read_text())
-    assert (record["num_images"], record["num_workers"], len(record["rounds"])) == (32, 2, 2)
-    medians = {name: figure["median"] for name, figure in record["figures"].items()}
+    assert json.loads((tmp_path / "bench.json").read_text()) == record.to_dict()
+    assert (record.num_images, record.num_workers, len(record.rounds)) == (32, 2, 2)
+    medians = {name: figure.median for name, figure in record.figures.items()}
     assert medians == {
         "tutorial_speedup": 1.0,
         "tutorial_speedup_streamed": 1.0,
@@ -79,9 +82,11 @@ def test_train_measures_every_contender_in_every_round(
         "input_share_in_memory": 0.0,
         "input_share_streamed": 0.5,
     }
-    out = capsys.readouterr().out
-    assert "one worker      100.0 % (100.0 to 100.0) of its with each of 2 workers (goal: at least 95 %)" in out
-    assert "streamed        50.0 % (50.0 to 50.0) (goal: below 2 %)" in out
+    lines = record.summary()
+    assert lines[0].startswith("Trained cnn at 48 px on 32 images, 2 times with every contender, in ")
+    assert "  one worker      100.0 % (100.0 to 100.0) of its with each of 2 workers (goal: at least 95 %)" in lines
+    assert "  streamed        50.0 % (50.0 to 50.0) (goal: below 2 %)" in lines
+    assert lines[-1] == f"Bench: {tmp_path}"
 
 
 def test_the_figures_are_the_ratios_that_they_say() -> None:
@@ -89,12 +94,14 @@ def test_the_figures_are_the_ratios_that_they_say() -> None:
     speeds |= {"one_worker": 130, "streamed": 240}
     slower = {**speeds, "tutorial_xla": 125}
     rounds = [
-        {name: {"images_per_s": speed, "input_share": 0.0} for name, speed in each.items()} for each in (speeds, slower)
+        {name: train.Measurement(images_per_s=speed, input_share=0.0, epochs=[]) for name, speed in each.items()}
+        for each in (speeds, slower)
     ]
     figures = train.figures(rounds, num_workers=2)
     tutorial = figures.pop("tutorial_speedup")  # taken at its best
-    assert (tutorial["min"], tutorial["median"], tutorial["max"]) == (2.0, 2.25, 2.5)
-    assert {name: figure["median"] for name, figure in figures.items()} == pytest.approx(
+    assert (tutorial.min, tutorial.median, tutorial.max) == (2.0, 2.25, 2.5)
+    assert str(tutorial) == "225.0 % (200.0 to 250.0)"
+    assert {name: figure.median for name, figure in figures.items()} == pytest.approx(
         {
             "tutorial_speedup_streamed": (240 / 125 + 240 / 100) / 2,
             "ray_efficiency": 250 / 260,
@@ -190,17 +197,17 @@ class Training:
 def test_the_killer_kills_at_all_moments_and_counts_what_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(chaos.DURATIONS_S, "starting", 0.0)
+    monkeypatch.setitem(DURATIONS_S, "starting", 0.0)
     config = BenchChaosConfig(data="d", output="o", num_kills=5, checkpoint_steps=10)
     board = watched.create(str(tmp_path / "board"), 2)
     training = Training(board, num_steps=120, checkpoint_steps=10)
-    killer = chaos.Killer(board, config, 120)
+    killer = Killer(board, config, 120)
     with killer:
         training.run()
-    moments = [kill["moment"] for kill in killer.kills]
+    moments = [kill.moment for kill in killer.kills]
     assert len(moments) == killer.num_restarts == 5
     assert (moments[1], moments[3]) == ("saving", "starting")
-    assert killer.kills[1]["rank"] == 0
+    assert killer.kills[1].rank == 0
     assert sum(killer.lost_steps) == sum(training.lost)
     assert max(killer.lost_steps) <= 10
 
@@ -221,19 +228,29 @@ def test_chaos_does_not_touch_a_cluster(dataset: str, tmp_path: Path, monkeypatc
     ],
 )
 def test_chaos_that_leaves_traces_is_an_error(change: dict[str, Any], message: str) -> None:
-    record = {
-        "max_weight_difference": 0.0,
-        "most_lost_steps": 10,
-        "num_kills": 2,
-        "config": {"num_kills": 2, "checkpoint_steps": 10},
-    }
+    outcome = chaos.Outcome(val_loss=0.1, val_accuracy=0.9, wall_seconds=60.0)
+    record = chaos.BenchChaosRecord(
+        output="/chaos",
+        num_kills=2,
+        kills=[Kill(0, 5, "saving"), Kill(1, -1, "starting")],
+        kills_by_moment={"saving": 1, "starting": 1},
+        num_restarts=2,
+        num_lost_steps=12,
+        most_lost_steps=10,
+        max_weight_difference=0.0,
+        num_steps=50,
+        undisturbed=outcome,
+        disturbed=outcome,
+        config={"num_kills": 2, "checkpoint_steps": 10},
+        versions={},
+    )
     chaos.check(record)
     with pytest.raises(TrainingError, match=message):
-        chaos.check(record | change)
+        chaos.check(dataclasses.replace(record, **change))
 
 
 @pytest.fixture(scope="module")
-def disturbed(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def disturbed(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> chaos.BenchChaosRecord:
     """The record of a training of which two workers were killed."""
     output = str(tmp_path_factory.mktemp("chaos"))
     return chaos.bench_chaos(
@@ -241,28 +258,28 @@ def disturbed(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     )
 
 
-def test_a_training_ends_where_it_would_have_whoever_is_killed(disturbed: dict[str, Any]) -> None:
-    record, output = disturbed, Path(disturbed["output"])
-    assert record == json.loads((output / "chaos.json").read_text())
-    assert record["num_kills"] == len(record["kills"]) == sum(record["kills_by_moment"].values()) == 2
-    assert record["num_restarts"] >= 2
-    assert record["max_weight_difference"] == 0
-    assert record["most_lost_steps"] <= 4
+def test_a_training_ends_where_it_would_have_whoever_is_killed(disturbed: chaos.BenchChaosRecord) -> None:
+    record, output = disturbed, Path(disturbed.output)
+    assert record.to_dict() == json.loads((output / "chaos.json").read_text())
+    assert record.num_kills == len(record.kills) == sum(record.kills_by_moment.values()) == 2
+    assert record.num_restarts >= 2
+    assert record.max_weight_difference == 0
+    assert record.most_lost_steps <= 4
     for name in ("val_loss", "val_accuracy"):
-        assert record["disturbed"][name] == record["undisturbed"][name]
+        assert getattr(record.disturbed, name) == getattr(record.undisturbed, name)
     one, other = (bundle.load(str(output / name)).card for name in ("undisturbed", "disturbed"))
     assert one["golden_logits"] == other["golden_logits"]
-    head, restarts, weights, *_ = summaries.bench_chaos(record)
-    assert head.startswith(f"Killed 2 workers of a training of {record['num_steps']} steps: ")
-    assert restarts.startswith(f"  restarts    {record['num_restarts']}; ")
+    head, restarts, weights, *_ = record.summary()
+    assert head.startswith(f"Killed 2 workers of a training of {record.num_steps} steps: ")
+    assert restarts.startswith(f"  restarts    {record.num_restarts}; ")
     assert weights == "  weights     differ by at most 0"
 
 
 def test_ray_train_and_bare_processes_take_the_same_steps(
-    dataset: str, disturbed: dict[str, Any], tmp_path: Path
+    dataset: str, disturbed: chaos.BenchChaosRecord, tmp_path: Path
 ) -> None:
     subset.write_pictures(load_info(dataset), str(tmp_path / "pictures"))
-    output = Path(disturbed["output"]) / "undisturbed"
+    output = Path(disturbed.output) / "undisturbed"
     settings: processes.Settings = {
         "data": dataset,
         "pictures": str(tmp_path / "pictures"),

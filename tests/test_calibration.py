@@ -4,18 +4,18 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inference_case import Says, encoded_drawings
 
 from catdog import calibration, metrics
+from catdog.bundle import Bundle
 from catdog.errors import UsageError
-from catdog.inference.label import DecodedBatch, Labeller
+from catdog.labelling import Labeller
 
 Arrays = tuple[np.ndarray, np.ndarray]
 
@@ -33,7 +33,7 @@ def penalised_loss(labels: np.ndarray, logits: np.ndarray, temperature: float) -
     """What the temperature shall minimise, written out: -log L - log √I, of labels as likely as sigmoid(logit / T)."""
     prob_dog = 1 / (1 + np.exp(-logits.astype(float) / temperature))
     likelihood = np.where(labels == 1, prob_dog, 1 - prob_dog)
-    return -np.log(likelihood).sum() - np.log((logits.astype(float) ** 2 * prob_dog * (1 - prob_dog)).sum()) / 2
+    return float(-np.log(likelihood).sum() - np.log((logits.astype(float) ** 2 * prob_dog * (1 - prob_dog)).sum()) / 2)
 
 
 labelled_logits = st.lists(
@@ -46,6 +46,14 @@ labelled_logits = st.lists(
 def arrays_of(pairs: Sequence[tuple[int, float]]) -> Arrays:
     labels, logits = zip(*pairs, strict=True)
     return np.array(labels), np.array(logits, dtype=np.float32)
+
+
+def test_probabilities_of_both_classes_keep_their_digits() -> None:
+    logits = np.array([-60.0, -2.0, 0.0, 2.0, 60.0])
+    prob_dog, prob_cat = calibration.probabilities(logits, 2.0), calibration.probabilities(-logits, 2.0)
+    assert prob_dog == pytest.approx([math.exp(-30), 1 / (1 + math.e), 0.5, 1 / (1 + math.exp(-1)), 1], rel=1e-6)
+    assert (prob_cat == prob_dog[::-1]).all()
+    assert prob_dog.dtype == np.float32
 
 
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
@@ -65,7 +73,8 @@ def test_calibration_makes_probabilities_better(temperature: float) -> None:
         assert after["ci95"][1] < before["value"]
         assert after["value"] < before["ci95"][0]
     before_B, after_B = calibration.probabilities(logits, 1.0), calibration.cross_fitted(labels, logits)
-    for key, prob_dog_B in (("before", before_B), ("after", after_B)):
+    both: tuple[tuple[Literal["before", "after"], np.ndarray], ...] = (("before", before_B), ("after", after_B))
+    for key, prob_dog_B in both:
         found = metrics.classification_metrics(labels, prob_dog_B)
         assert report["log_loss"][key] == found["log_loss"]
         assert report["expected_calibration_error"][key] == found["expected_calibration_error"]
@@ -199,11 +208,11 @@ def test_thresholds_are_those_of_trying_them_all(
     confidences = calibration.probabilities(np.abs(logits), temperature).tolist()
     for row in rows:
         threshold, num_kept, num_right = plain_threshold(labels, logits, temperature, row["requested_precision"])
-        assert row["coverage"] == metrics.proportion(num_kept, len(pairs), "")
+        assert row["coverage"] == metrics.share(num_kept, len(pairs))
         assert row["coverage"]["value"] == sum(each >= row["threshold"] for each in confidences) / len(pairs)
         if num_kept:
             assert row["threshold"] == threshold <= 1
-            assert row["precision"] == metrics.proportion(num_right, num_kept, "")
+            assert row["precision"] == metrics.share(num_right, num_kept)
             assert row["precision"]["value"] >= row["requested_precision"]
         else:
             assert row["threshold"] > max(confidences)
@@ -228,6 +237,8 @@ def test_the_report_has_the_threshold_asked_for_and_the_usual_ones() -> None:
     labels, logits = simulated(5000)
     found = calibration.fit(labels, logits, review_precision=0.985)
     rows = found.report["thresholds"]
+    assert list(found.report) == list(calibration.CalibrationReport.__annotations__)
+    assert list(rows[0]) == list(calibration.ThresholdRow.__annotations__)
     assert found.report["review_precision"] == 0.985
     assert [row["requested_precision"] for row in rows] == [0.985, 0.99, 0.995, 0.998, 0.999]
     assert rows[0]["threshold"] == found.review_threshold
@@ -243,19 +254,18 @@ def test_predict_keeps_what_the_threshold_promises(scale: float, review_precisio
     labels, logits = simulated(2000)
     logits *= scale  # at the largest, temperature ends at its bound and most confidences are 1.0
     found = calibration.fit(labels, logits, review_precision=review_precision)
-    bundle: Any = SimpleNamespace(temperature=found.temperature, review_threshold=found.review_threshold, image_size=1)
-    engine: Any = SimpleNamespace(predict=lambda images: logits)
-    empty = {"uri": "", "source_version": "", "status": "ok", "model_id": "", "run_id": ""}
-    batch = DecodedBatch([dict(empty) for _ in labels], np.zeros((len(labels), 1, 1, 3), np.uint8))
-    rows = Labeller(bundle, engine, len(labels)).score(batch)
+    card = {"image_size": 1, "temperature": found.temperature, "review_threshold": found.review_threshold}
+    with Labeller(Bundle(url="", card=card, model_id="", paths={}), Says(*logits)) as labeller:
+        verdicts = labeller.label(encoded_drawings(1) * len(labels))
     prob_dog_B = calibration.probabilities(logits, found.temperature)
-    assert (rows["prob_dog"].to_numpy() == prob_dog_B).all()
-    assert (rows["confidence"].to_numpy() == calibration.probabilities(np.abs(logits), found.temperature)).all()
-    is_dog_B = pc.equal(rows["label"], "dog").to_numpy()
+    assert [verdict.prob_dog for verdict in verdicts] == prob_dog_B.tolist()
+    expected = calibration.probabilities(np.abs(logits), found.temperature).tolist()
+    assert [verdict.confidence for verdict in verdicts] == expected
+    is_dog_B = np.array([verdict.label == "dog" for verdict in verdicts])
     assert (is_dog_B == metrics.predicted_classes(prob_dog_B)).all()
 
     promised = {row["requested_precision"]: row for row in found.report["thresholds"]}[review_precision]
-    kept = metrics.review_metrics(labels, prob_dog_B, rows["needs_review"].to_numpy())
+    kept = metrics.review_metrics(labels, prob_dog_B, np.array([verdict.needs_review for verdict in verdicts]))
     assert kept["coverage"] == promised["coverage"]
     assert kept["selective_accuracy"]["value"] == promised["precision"]["value"]
 
@@ -305,6 +315,7 @@ def test_the_lone_image_of_a_half_is_left_as_it_is() -> None:
 
 def test_a_bias_shows_and_chance_does_not(quick_bootstrap: None) -> None:
     shifted = calibration.fit(*simulated(2000, bias=2.0), review_precision=0.9)
+    assert shifted.report["bias_log_likelihood_ratio_p"] is not None
     assert shifted.report["bias_log_likelihood_ratio_p"] < 1e-6
     reports = [calibration.fit(*simulated(200, seed=seed), review_precision=0.9).report for seed in range(60)]
     values = np.array([report["bias_log_likelihood_ratio_p"] for report in reports])

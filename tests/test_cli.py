@@ -5,8 +5,9 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import pytest
 
@@ -32,6 +33,10 @@ def helps(args: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(args)
     assert stopped.value.code == 0
+
+
+def unwrapped(text: str) -> str:
+    return " ".join(text.split())
 
 
 COMMANDS = (
@@ -67,6 +72,17 @@ TRAIN = "train --data d --output o "
         (TRAIN + "--foo", "catdog train takes only the flags that catdog train --help lists. Received: --foo"),
         (TRAIN + "--foo 3", "catdog train takes only the flags that catdog train --help lists. Received: --foo 3"),
         ("train --dta d", "catdog train takes only the flags that catdog train --help lists. Received: --dta d"),
+        ("train --dat d", "catdog train takes only the flags that catdog train --help lists. Received: --dat d"),
+        (TRAIN + "--no-json", "catdog train takes only the flags that catdog train --help lists. Received: --no-json"),
+        (TRAIN + "--json=yes", "--json takes no value. Received: catdog train --data d --output o --json=yes"),
+        (TRAIN + "--help=data", "-h/--help takes no value. Received: catdog train --data d --output o --help=data"),
+        (TRAIN + "--data=e", "--data must be given once. Received: --data=d --data=e"),
+        (
+            TRAIN + "--batch-size 8 --batch_size=9",
+            "--batch-size must be given once. Received: --batch-size=8 --batch-size=9",
+        ),
+        (TRAIN + "--verbose --verbose", "--verbose must be given once. Received: --verbose --verbose"),
+        (TRAIN + "--no-augment --augment", "--augment must be given once. Received: --no-augment --augment"),
         (TRAIN + "extra", "catdog train takes only the flags that catdog train --help lists. Received: extra"),
         (TRAIN + "--epochs many", "--epochs must be an integer. Received: --epochs=many"),
         (TRAIN + "--epochs=1.5", "--epochs must be an integer. Received: --epochs=1.5"),
@@ -172,23 +188,38 @@ def test_help_describes_every_flag(capsys: pytest.CaptureFixture[str], command: 
         assert f"{flag(field.name)}" in out
     for common in ("--dry-run", "--json", "--verbose"):
         assert common in out
-    assert str(config_type.__doc__) in " ".join(out.split())
+    assert str(config_type.__doc__) in unwrapped(out)
     assert cli.COMMANDS[command].example in out
     assert "default: None" not in out
+
+
+def test_help_shows_types_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    helps(["train", "--help"])
+    out = unwrapped(capsys.readouterr().out)
+    assert out.startswith("usage: catdog train --data STR --output STR [FLAGS] Train a model on a dataset, ")
+    assert "--data STR Dataset to train on, written by `catdog prepare`. (required)" in out
+    assert "--epochs INT Number of passes over the training images. The default is the network's own. --" in out
+    assert "--augment, --no-augment Vary the training images at random: " in out
+    assert "(default: True)" in out
+    assert "--use-gpu Give each worker a GPU of its own. Without this flag no GPU is used. --" in out
+    assert "--precision {auto,float32,bfloat16,float16} " in out
+    for default in ("auto", "0", "0.995", "resnet"):
+        assert f" (default: {default}) " in out
 
 
 def test_help_lists_the_commands_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     helps(["--help"])
     out = capsys.readouterr().out
     for command in cli.COMMANDS:
-        assert f"• {command} " in out
-    assert "Exit codes: 0 done; 1 the job failed; 2 bad usage; 3 done, but too many images failed." in out
+        assert f"\n  {command} " in out
+    assert "--version" in out
+    assert "Exit codes: 0 done; 1 the job failed; 2 bad usage; 3 done, but too many images failed." in unwrapped(out)
 
 
 def test_help_of_a_group_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
     helps(["bench", "--help"])
     out = capsys.readouterr().out
-    assert [command for command in cli.COMMANDS if f"• {command} " in out] == ["bench train", "bench chaos"]
+    assert [command for command in cli.COMMANDS if f"\n  {command} " in out] == ["bench train", "bench chaos"]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,6 +240,71 @@ def test_flags_reach_the_configuration() -> None:
 def test_flags_reach_a_command_of_two_words() -> None:
     name, invocation = cli.parse(["bench", "chaos", "--data", "a", "--output", "b", "--num-kills", "3"])
     assert (name, invocation.config) == ("bench chaos", BenchChaosConfig(data="a", output="b", num_kills=3))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManyConfig:
+    """Several of each, 100 % of them."""
+
+    images: tuple[str, ...]
+    """What to read."""
+
+    sizes: tuple[int, ...] | None = None
+    """In pixels."""
+
+    splits: tuple[Literal["test", "val"], ...] = ("test", "val")
+    """Which of them."""
+
+    seeds: tuple[int, ...] = (0, 1)
+    """One per run."""
+
+
+@pytest.fixture
+def many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command, `catdog many`, some of whose flags take several values."""
+    example = "catdog many --images a b"
+    monkeypatch.setitem(
+        cli.COMMANDS, "many", dataclasses.replace(cli.COMMANDS["demo"], config_type=ManyConfig, example=example)
+    )
+
+
+@pytest.mark.usefixtures("many")
+@pytest.mark.parametrize(
+    ("line", "config"),
+    [
+        ("many --images a", ManyConfig(images=("a",))),
+        ("many --images a b --json", ManyConfig(images=("a", "b"))),
+        ("many --images a --images=b --images c a", ManyConfig(images=("a", "b", "c", "a"))),
+        ("many --images a --sizes 1 --splits val --sizes 2", ManyConfig(images=("a",), sizes=(1, 2), splits=("val",))),
+    ],
+)
+def test_a_tuple_takes_several_values_and_repeated_flags(line: str, config: ManyConfig) -> None:
+    assert cli.parse(line.split())[1].config == config
+
+
+@pytest.mark.usefixtures("many")
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("many", "catdog many needs --images. Received: catdog many"),
+        ("many --images", "--images needs a value. Received: catdog many --images"),
+        ("many --images a --sizes 1 x", "--sizes must be an integer. Received: --sizes=x"),
+        ("many --images a --splits all", "--splits must be one of test, val. Received: --splits=all"),
+    ],
+)
+def test_bad_values_of_a_tuple_are_one_line(capsys: pytest.CaptureFixture[str], line: str, message: str) -> None:
+    assert fails(capsys, *line.split()) == (2, message)
+
+
+@pytest.mark.usefixtures("many")
+def test_help_of_a_tuple(capsys: pytest.CaptureFixture[str]) -> None:
+    helps(["many", "--help"])
+    out = unwrapped(capsys.readouterr().out)
+    assert "Several of each, 100 % of them." in out
+    assert "--images STR [STR ...] What to read. (required)" in out
+    assert "--sizes INT [INT ...] In pixels. --" in out
+    assert "Which of them. (default: test val)" in out
+    assert "One per run. (default: 0 1)" in out
 
 
 def test_dry_run_prints_the_resolved_configuration(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -328,6 +424,7 @@ def test_stdout_is_the_results_alone() -> None:
     assert sorted(run.stderr.splitlines()) == ["a child process", "a library in C", "a print"]
 
 
+@pytest.mark.slow
 def test_tensorflow_loads_without_banners() -> None:
     code = """if True:
         import sys

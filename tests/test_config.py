@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from catdog.config import DemoConfig, EvaluateConfig, PredictConfig, PrepareConfig, TrainConfig, flag, to_dict
+from catdog.config import DemoConfig, EvaluateConfig, PredictConfig, PrepareConfig, TrainConfig, flag
 from catdog.errors import UsageError
 
 REQUIRED: dict[type, dict[str, str]] = {
@@ -102,17 +102,3 @@ def test_bad_value_is_refused(config_type: type, fields: dict[str, Any], message
 
 def test_flag_names() -> None:
     assert flag("max_failed_fraction") == "--max-failed-fraction"
-
-
-def test_to_dict_is_plain_and_complete() -> None:
-    config = EvaluateConfig(data="d", output="o", model="m")
-    assert to_dict(config) == {
-        "data": "d",
-        "output": "o",
-        "model": "m",
-        "split": "test",
-        "batch_size": 64,
-        "engine": "auto",
-    }
-    with pytest.raises(TypeError, match=r"^to_dict takes a configuration dataclass\. Received: 3$"):
-        to_dict(3)

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import duckdb
@@ -15,11 +16,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from catdog import images, storage
+from catdog import images, report, storage
 from catdog.config import PrepareConfig
-from catdog.dataset import catalog, check_shards, grouping, iter_split, labels, load_info, prepare, reading, scan
+from catdog.dataset import (
+    catalog,
+    check_shards,
+    grouping,
+    iter_split,
+    labels,
+    load_info,
+    prepare,
+    reading,
+    samples,
+    scan,
+)
 from catdog.dataset.split import split_of
 from catdog.errors import DatasetError, OutputRefusedError, UsageError
+from catdog.portions import portions
 from catdog.schema import CLASS_NAMES, DATASET_SCHEMA, SPLITS
 
 
@@ -70,7 +83,15 @@ def test_split_has_the_shares_that_were_asked_for() -> None:
     assert shares == pytest.approx([0.6, 0.1, 0.3], abs=0.01)
 
 
-HASHES = [[0] * 9, [63] + [0] * 8, [63, 63] + [0] * 7, [-1] * 9, [-1] * 8 + [-8], [0] * 4 + [-1] * 5, None]
+HASHES: list[Sequence[int | None] | None] = [
+    [0] * 9,
+    [63] + [0] * 8,
+    [63, 63] + [0] * 7,
+    [-1] * 9,
+    [-1] * 8 + [-8],
+    [0] * 4 + [-1] * 5,
+    None,
+]
 """By index: 0-1, 1-2, 0-2 (by 12 bits) and 3-4 are near; 5 is near none; the last is a plain picture."""
 
 NEAR = {0: 0, 1: 0, 2: 0, 3: 1, 4: 1, 5: 2}
@@ -163,7 +184,7 @@ def test_plain_and_striped_pictures_have_no_hash() -> None:
 
 @given(st.lists(st.integers(0, 9)), st.integers(1, 5), st.integers(1, 20))
 def test_runs_hold_every_item_and_end_at_a_limit(sizes: list[int], max_rows: int, max_bytes: int) -> None:
-    runs = list(catalog.runs(sizes, lambda size: (1, size), max_rows, max_bytes))
+    runs = list(portions(sizes, lambda size: (1, size), max_rows, max_bytes))
     assert [size for run in runs for size in run] == sizes
     assert all(len(run) == max_rows or sum(run) >= max_bytes for run in runs[:-1])
     assert all(len(run) <= max_rows and sum(run[:-1]) < max_bytes for run in runs)
@@ -191,8 +212,8 @@ def test_what_cannot_be_labelled_is_refused(tmp_path: Path, photos: Path) -> Non
     (photos / "bird").mkdir()
     (photos / "bird/1.jpg").write_bytes(encoded(picture(9)))
     (photos / "README.txt").write_text("not an image: no reason to refuse")
-    assert f"Received: 1 of 6 files without, the first: {photos}/bird/1.jpg" in refused(tmp_path, photos)
-    assert f"Received: 5 of 6 files without, the first: {photos}/bird/1.jpg" in refused(tmp_path, photos, "prefix")
+    assert f"Received: 1 of 6 files without one, the first: {photos}/bird/1.jpg" in refused(tmp_path, photos)
+    assert f"Received: 5 of 6 files without one, the first: {photos}/bird/1.jpg" in refused(tmp_path, photos, "prefix")
     assert "none labelled dog among 2 files" in refused(tmp_path, photos / "cat")
     assert "must exist" in refused(tmp_path, photos / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -208,9 +229,9 @@ def test_tables_of_labels_that_are_refused(tmp_path: Path, photos: Path) -> None
         tmp_path, photos, str(table)
     )
     table.write_text("\n".join([*rows, "dog/b.jpg,dog", "dog/b.jpg,cat"]))
-    assert f"with both in {table}, the first: {photos}/dog/b.jpg" in refused(tmp_path, photos, str(table))
+    assert f"with two in {table}, the first: {photos}/dog/b.jpg" in refused(tmp_path, photos, str(table))
     table.write_text("\n".join(rows))
-    assert f"1 of 4 files without, the first: {photos}/dog/b.jpg" in refused(tmp_path, photos, str(table))
+    assert f"1 of 4 files without one, the first: {photos}/dog/b.jpg" in refused(tmp_path, photos, str(table))
     table.write_text("name,class\na,cat")
     assert "must have the columns uri and label" in refused(tmp_path, photos, str(table))
     table.write_text("")
@@ -272,6 +293,41 @@ def test_reading(dataset: Path) -> None:
     check_shards(str(dataset))
 
 
+def test_samples_show_the_first_images_of_each_class(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_cats, num_dogs = samples.NUM_PER_CLASS + 8, 5
+    rows = [
+        {
+            "image_id": str(i),
+            "uri": f"/{i}",
+            "label": int(i % 4 == 3 and i < 4 * num_dogs),
+            "width": 30 + i,
+            "height": 40,
+        }
+        for i in range(num_cats + num_dogs)
+    ]
+    for row in rows:
+        row["image"] = encoded(picture(int(str(row["image_id"]))))
+    name = "part-00000.parquet"
+    storage.publish_parquet(str(dataset / "train" / name), pa.Table.from_pylist(rows, schema=DATASET_SCHEMA))
+    counts = {"train": {"cat": num_cats, "dog": num_dogs}}
+    info = dataclasses.replace(load_info(str(dataset)), counts=counts, parts={"train": {name: len(rows)}})
+    drawn: list[report.Section] = []
+    sheet = report.sheet
+
+    def recording(sections: list[report.Section]) -> bytes:
+        drawn.extend(sections)
+        return sheet(sections)
+
+    monkeypatch.setattr(report, "sheet", recording)
+    with Image.open(io.BytesIO(samples.sample_sheet(info))) as sheet_image:
+        assert sheet_image.format == "PNG"
+    assert [section.heading for section in drawn] == ["cat: 20 for training", "dog: 5 for training"]
+    for label, section in enumerate(drawn):
+        shown = [row for row in rows if row["label"] == label][: samples.NUM_PER_CLASS]
+        assert [tile.image for tile in section.tiles] == [row["image"] for row in shown]
+        assert [tile.caption for tile in section.tiles] == [f"{row['width']} × 40 px" for row in shown]
+
+
 @pytest.mark.parametrize("row_group_rows", [1, 3, 4, 100])
 def test_rows_are_read_from_the_row_groups_that_hold_them(tmp_path: Path, row_group_rows: int) -> None:
     num_rows = 10
@@ -285,7 +341,7 @@ def test_rows_are_read_from_the_row_groups_that_hold_them(tmp_path: Path, row_gr
         for stop in range(start, num_rows + 1):
             table = reading.read_rows(path, num_rows, start, stop, ["uri"])
             assert table.to_pydict() == {"uri": [f"/{i}" for i in range(start, stop)]}
-    with pytest.raises(DatasetError, match=r"must tell a shard's rows, 11\. Received: .*part\.parquet with 10"):
+    with pytest.raises(DatasetError, match=r"as dataset\.json says, 11\. Received: .*part\.parquet with 10"):
         reading.read_rows(path, num_rows + 1, 0, 1, ["uri"])
 
 

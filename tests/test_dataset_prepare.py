@@ -30,8 +30,11 @@ from catdog.schema import CLASS_NAMES, DATASET_SCHEMA, REJECTS_SCHEMA, SPLITS
 
 pytest_plugins = ["s3_server"]
 
-# Ray Data's own, when its context is first made.
-pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.data\.context")
+pytestmark = [
+    pytest.mark.slow,
+    # Ray Data's own, when its context is first made.
+    pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.data\.context"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -92,18 +95,18 @@ def test_prepare(ray: None, photos: Path, tmp_path: Path) -> None:
     assert sorted(os.listdir(output)) == ["dataset.json", "rejects.parquet", "samples.png", *sorted(SPLITS)]
     reasons = {"exact_duplicate": 1, "conflicting_label": 2, "truncated": 1, "unsupported_format": 2, "empty_file": 1}
     num_listed = len([path for path in photos.rglob("*") if path.is_file()])
-    assert not record["already_done"]
-    assert record["reasons"] == reasons
-    assert record["listed"] == num_listed == record["kept"] + record["rejected"]
-    assert record["rejected"] == sum(reasons.values())
+    assert not record.already_done
+    assert record.reasons == reasons
+    assert record.listed == num_listed == record.kept + record.rejected
+    assert record.rejected == sum(reasons.values())
 
     check_shards(output)
     rows = rows_of(output)
     info = load_info(output)
-    assert len(rows) == record["kept"]
+    assert len(rows) == record.kept
     for split in SPLITS:
         found = [row["label"] for row in rows.values() if row["split"] == split]
-        assert record["counts"][split] == {name: found.count(label) for label, name in enumerate(CLASS_NAMES)}
+        assert record.counts[split] == {name: found.count(label) for label, name in enumerate(CLASS_NAMES)}
     rejects = pq.read_table(f"{output}/rejects.parquet")
     assert rejects.schema.equals(REJECTS_SCHEMA)
     by_uri = {row["uri"].removeprefix(f"{photos}/"): row["reason"] for row in rejects.to_pylist()}
@@ -144,6 +147,7 @@ def test_prepare(ray: None, photos: Path, tmp_path: Path) -> None:
     assert info.mean == pytest.approx(pixels.mean(axis=0), abs=0.1)
     assert info.std == pytest.approx(pixels.std(axis=0), abs=0.1)
     with Image.open(f"{output}/samples.png") as samples:
+        assert samples.format == "PNG"
         assert samples.width > 1000
     order = [row["label"] for batch in iter_split(output, "train") for row in batch.to_pylist()]
     assert 5 < sum(a != b for a, b in itertools.pairwise(order)) < len(order) - 5
@@ -151,8 +155,8 @@ def test_prepare(ray: None, photos: Path, tmp_path: Path) -> None:
     # Again: nothing to do. With other images or another configuration: refused. Either way nothing changes.
     before = {path: path.stat().st_mtime_ns for path in Path(output).rglob("*")}
     again = prepare(config)
-    assert again["already_done"]
-    assert again["digest"] == record["digest"]
+    assert again.already_done
+    assert again.digest == record.digest
     with pytest.raises(OutputRefusedError, match=r"prepared with --seed=0\. Received: --seed=1"):
         prepare(PrepareConfig(images=str(photos), output=output, val_fraction=0.2, test_fraction=0.2, seed=1))
     extra = Path(write(photos / "cat/new.jpg", encoded(picture(104))))
@@ -188,7 +192,7 @@ def test_labels_from_tables_and_manifest(ray: None, tmp_path: Path) -> None:
             val_fraction=0,
             test_fraction=0,
         )
-        digests.add(prepare(config)["digest"])
+        digests.add(prepare(config).digest)
         found = {Path(uri.split("::")[0]).name: CLASS_NAMES[row["label"]] for uri, row in rows_of(output).items()}
         assert found == truth
     assert len(digests) == 1  # the same images, labels and split, wherever they came from
@@ -206,8 +210,8 @@ def test_object_storage(ray: None, photos: Path, tmp_path: Path, s3_process: S3S
     for source in (f"{bucket}/raw", f"{bucket}/photos.zip"):
         output = f"{bucket}/out-{source.rpartition('.')[2][-3:]}"
         remote = prepare(PrepareConfig(images=source, output=output))
-        assert remote["digest"] == local["digest"]
-        assert remote["reasons"] == local["reasons"]
+        assert remote.digest == local.digest
+        assert remote.reasons == local.reasons
         check_shards(output)
         assert storage.list_names(output) == ["dataset.json", "rejects.parquet", "samples.png", *sorted(SPLITS)]
         assert {uri.startswith((f"{bucket}/", "zip://")) for uri in rows_of(output)} == {True}
@@ -229,15 +233,15 @@ def test_odd_files_become_rejects(ray: None, shared_data: Path, tmp_path: Path) 
         for number, (name, data) in enumerate(sorted(files.items())):
             mixed.writestr(f"{CLASS_NAMES[number % 2]}.{number}.{Path(name).name}", data)
     record = prepare(PrepareConfig(images=str(tmp_path / "mixed.zip"), output=str(tmp_path / "out")))
-    assert record["listed"] == len(files) == record["kept"] + record["rejected"]
-    assert record["kept"] > 200
-    assert {"truncated", "unsupported_format", "too_large", "decode_failed"} <= record["reasons"].keys()
+    assert record.listed == len(files) == record.kept + record.rejected
+    assert record.kept > 200
+    assert {"truncated", "unsupported_format", "too_large", "decode_failed"} <= record.reasons.keys()
     check_shards(str(tmp_path / "out"))
 
 
 def test_other_cameras(ray: None, shared_data: Path, tmp_path: Path) -> None:
     record = prepare(PrepareConfig(images=str(shared_data / "other-cameras.zip"), output=str(tmp_path / "out")))
-    assert (record["listed"], record["kept"], record["num_duplicate_groups"]) == (600, 600, 0)
+    assert (record.listed, record.kept, record.num_duplicate_groups) == (600, 600, 0)
 
 
 def test_failing_storage_ends_the_job_as_such(ray: None) -> None:
@@ -274,7 +278,7 @@ def test_killed_and_run_again(ray: None, photos: Path, tmp_path: Path, monkeypat
     # What a killed second pass leaves: shards that no dataset.json names.
     write(output / "train" / "part-99999.parquet", b"half")
     again = prepare(PrepareConfig(images=str(photos), output=str(output)))
-    assert again["digest"] == clean["digest"]
+    assert again.digest == clean.digest
     assert json.loads((output / "dataset.json").read_text())["parts"]["train"].keys() == {"part-00000.parquet"}
     assert sorted(os.listdir(output)) == ["dataset.json", "rejects.parquet", "samples.png", *sorted(SPLITS)]
     assert os.listdir(output / "train") == ["part-00000.parquet"]

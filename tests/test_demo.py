@@ -1,4 +1,4 @@
-"""The drawings are worth learning from, and the demo goes the whole way on them."""
+"""A model can learn from the drawings, and the demo runs every job on them."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from catdog import cli, demo, drawings, summaries
+from catdog import cli, demo, drawings
 from catdog.schema import CLASS_NAMES
 
 
@@ -41,6 +41,7 @@ def test_colours_do_not_give_the_animal_away() -> None:
     assert cross_val_score(model, features, labels, cv=5).mean() < 0.65
 
 
+@pytest.mark.slow
 def test_demo_learns_the_drawings_and_leaves_other_files_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,10 +66,8 @@ def test_demo_learns_the_drawings_and_leaves_other_files_alone(
     assert record["predict"]["errors"] == {"truncated": 1, "unsupported_format": 1}
     assert (output / "notes.txt").exists()
     assert not (output / "model" / "of-an-earlier-demo").exists()
-    summary = "\n".join(summaries.demo(record))
     for path in ("drawings", "data/samples.png", "model/curves.png", "evaluation/predictions.png"):
         assert (output / path).exists()
-        assert str(output / path) in summary
 
     # What the demo leaves behind is what any other command leaves, and is met with as such.
     monkeypatch.chdir(output)

@@ -1,4 +1,4 @@
-"""The fast layers against Keras's own, and what is saved of them."""
+"""The fast layers compute what Keras's own layers do, and a saved model has Keras's own."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +12,8 @@ import tensorflow as tf
 
 from catdog import architectures, bundle
 from catdog.architectures import fast_layers
+
+pytestmark = pytest.mark.slow
 
 Array = npt.NDArray[np.float32]
 RNG = np.random.default_rng(0)
@@ -113,6 +115,8 @@ def layers_of(model: keras.Model) -> list[keras.Layer]:
 
 @pytest.fixture
 def policy(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "mixed_bfloat16":
+        request.getfixturevalue("bfloat16")
     keras.config.set_dtype_policy(request.param)
     yield request.param
     keras.config.set_dtype_policy("float32")
@@ -127,7 +131,7 @@ def test_what_is_saved_computes_the_same_with_layers_of_keras_alone(name: str, p
     model = as_if_trained(name, images)
     expected = logits_of(model, images)
     if architectures.architecture(name).recipe.mirror:
-        expected = (expected + logits_of(model, images[:, :, ::-1])) / 2
+        expected = (expected + logits_of(model, images[:, :, ::-1])) / np.float32(2)
         assert expected[0] == pytest.approx(expected[1], rel=1e-5)
     saved = architectures.exported(model, name)
     assert all(type(layer).__module__.startswith("keras.") for layer in layers_of(saved))

@@ -77,7 +77,12 @@ def test_every_odd_file_is_decoded_or_named(
         known = {row["file"]: row for row in csv.DictReader(file)}
     loaded_sizes = []
     load = ImageFile.ImageFile.load
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: loaded_sizes.append(self.size) or load(self))
+
+    def noting_load(self: ImageFile.ImageFile) -> Any:
+        loaded_sizes.append(self.size)
+        return load(self)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", noting_load)
     outcomes: dict[str, str] = {}
     with zipfile.ZipFile(shared_data / "odd.zip") as archive, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -186,9 +191,12 @@ def test_big_jpegs_are_drafted_and_look_the_same(monkeypatch: pytest.MonkeyPatch
     expected = np.asarray(images.open_upright(data).resize((SIZE, SIZE), Image.Resampling.BILINEAR)).astype(int)
     resized = []
     resize = Image.Image.resize
-    monkeypatch.setattr(
-        Image.Image, "resize", lambda self, *args, **kwargs: resized.append(self.size) or resize(self, *args, **kwargs)
-    )
+
+    def noting_resize(self: Image.Image, *args: Any, **kwargs: Any) -> Image.Image:
+        resized.append(self.size)
+        return resize(self, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", noting_resize)
     decoded = images.decode(data, SIZE)
     assert resized == [(250, 188)]  # an eighth, and still more than twice the target
     assert (decoded.width, decoded.height) == (2000, 1500)
@@ -222,11 +230,12 @@ def test_big_jpegs_are_drafted_and_look_the_same(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_colour_modes(mode: str, format_: str, tolerance: float) -> None:
-    options: dict[str, Any] = {
+    of_formats: dict[str, dict[str, Any]] = {
         "JPEG": {"quality": 98, "subsampling": 0},
         "WEBP": {"lossless": True},
         "AVIF": {"quality": 95},
-    }.get(format_, {})
+    }
+    options = of_formats.get(format_, {})
     image = photo()
     if mode == "LAB":
         transform = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")

@@ -1,4 +1,4 @@
-"""What is listed minus what is done, cut into slices that stay as they are."""
+"""The plan of a run: what is listed and not yet done, in slices that stay the same when a file is added."""
 
 from datetime import UTC, datetime
 from pathlib import Path

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from inference_case import answers, descendants, is_alive, kill_after_first_part, photographs, save_model
+from inference_case import answers, archive, descendants, is_alive, kill_after_first_part, photographs
 
 from catdog import ray_session
 from catdog.config import PredictConfig
 from catdog.errors import BundleError, CatdogError, StorageError
-from catdog.inference import executors, predict, verify
+from catdog.inference import RunRecord, executors, predict, verify
+from catdog.inference.books import Books
+from catdog.inference.plan import Slice
+from catdog.inference.work import Job
 
+pytestmark = pytest.mark.slow
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_model(str(tmp_path_factory.mktemp("inference") / "model"))
+NUM_MEMBERS = 4000
 
 
 @pytest.fixture(scope="module")
@@ -28,17 +30,15 @@ def embedded_ray() -> Iterator[None]:
         yield
 
 
-def run(images: Path, output: Path, model: str, executor: Any = "ray", **changes: Any) -> dict[str, Any]:
+def run(images: Path, output: Path, model: str, executor: Any = "ray", **changes: Any) -> RunRecord:
     return predict(PredictConfig(images=str(images), output=str(output), model=model, executor=executor, **changes))
 
 
-def test_a_cluster_without_cpus_is_one_error(
-    shared_data: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cluster_without_cpus_is_one_error(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     monkeypatch.setattr(executors, "_MAX_WAIT_S", 1.0)
-    images = photographs(shared_data, tmp_path / "photos", 3)
+    images = photographs(tmp_path / "photos", 3)
     ray.init(address="local", num_cpus=0, include_dashboard=False, log_to_driver=False)
     try:
         with pytest.raises(CatdogError, match=r"must have a CPU for each actor\. Received: none within 1 s"):
@@ -49,36 +49,36 @@ def test_a_cluster_without_cpus_is_one_error(
 
 
 @pytest.mark.usefixtures("embedded_ray")
-def test_rows_are_those_of_one_process(shared_data: Path, tmp_path: Path, model: str) -> None:
-    images = photographs(shared_data, tmp_path / "photos", 300)
+def test_rows_are_those_of_one_process(tmp_path: Path, model: str) -> None:
+    images = photographs(tmp_path / "photos", 300)
     record = run(images, tmp_path / "ray", model)
-    assert record["books"] == {"listed": 304, "ok": 300, "error": 4, "already_done": 0, "duplicate": 0}
+    assert record.books == Books(listed=304, ok=300, error=4, already_done=0, duplicate=0)
     inline = run(images, tmp_path / "inline", model, executor="inline")
-    assert record["parts"] == inline["parts"]
+    assert record.parts == inline.parts
     assert answers(tmp_path / "ray") == answers(tmp_path / "inline")
 
     again = run(images, tmp_path / "ray", model)
-    assert again["books"] == {"listed": 304, "ok": 0, "error": 0, "already_done": 304, "duplicate": 0}
+    assert again.books == Books(listed=304, ok=0, error=0, already_done=304, duplicate=0)
     retried = run(images, tmp_path / "ray", model, retry_errors=True)
-    assert retried["books"] == {"listed": 304, "ok": 0, "error": 4, "already_done": 300, "duplicate": 0}
+    assert retried.books == Books(listed=304, ok=0, error=4, already_done=300, duplicate=0)
     assert answers(tmp_path / "ray") == answers(tmp_path / "inline")
 
 
 @pytest.mark.usefixtures("embedded_ray")
-def test_an_actors_error_is_the_jobs_error(shared_data: Path, tmp_path: Path, model: str) -> None:
-    images = photographs(shared_data, tmp_path / "photos", 20)
+def test_an_actors_error_is_the_jobs_error(tmp_path: Path, model: str) -> None:
+    images = photographs(tmp_path / "photos", 20)
     (tmp_path / "a-file").write_text("no directory")
     with pytest.raises(StorageError, match=r"a-file/out/part-.* cannot be written"):
         run(images, tmp_path / "a-file" / "out", model)
 
-    job = executors.Job(model=model, model_id="x", output=str(tmp_path), run_id="", batch_size=8, engine="auto")
-    slices = [executors.Slice(part="part-x.parquet", files=[])]
+    job = Job(model=model, model_id="x", output=str(tmp_path), run_id="", batch_size=8, engine="auto", use_gpu=False)
+    slices = [Slice(part="part-x.parquet", files=[])]
     with pytest.raises(BundleError, match="must not change during a run"):
-        list(executors.run_ray(job, slices, None, None))
+        list(executors.run("ray", job, slices, None, None))
 
 
 @pytest.mark.usefixtures("embedded_ray")
-def test_a_killed_actor_loses_nothing(shared_data: Path, tmp_path: Path, model: str) -> None:
+def test_a_killed_actor_loses_nothing(tmp_path: Path, model: str) -> None:
     output = tmp_path / "out"
     killed: list[int] = []
 
@@ -91,15 +91,15 @@ def test_a_killed_actor_loses_nothing(shared_data: Path, tmp_path: Path, model: 
 
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
-    record = run(shared_data / "dogs-vs-cats" / "train-0.zip", output, model)
+    record = run(archive(tmp_path / "train.zip", NUM_MEMBERS), output, model)
     killer.join()
     assert len(killed) == 1
-    assert record["books"] == {"listed": 5000, "ok": 5000, "error": 0, "already_done": 0, "duplicate": 0}
-    assert verify(str(output))["rows"] == 5000
+    assert record.books == Books(listed=NUM_MEMBERS, ok=NUM_MEMBERS, error=0, already_done=0, duplicate=0)
+    assert verify(str(output)).rows == NUM_MEMBERS
 
 
-def test_a_killed_driver_leaves_whole_parts_and_no_actors(shared_data: Path, tmp_path: Path, model: str) -> None:
-    images, output = shared_data / "dogs-vs-cats" / "train-0.zip", tmp_path / "out"
+def test_a_killed_driver_leaves_whole_parts_and_no_actors(tmp_path: Path, model: str) -> None:
+    images, output = archive(tmp_path / "train.zip", NUM_MEMBERS), tmp_path / "out"
     code = f"""
 from catdog.config import PredictConfig
 from catdog.inference import predict
@@ -118,8 +118,8 @@ predict(PredictConfig(images={str(images)!r}, output={str(output)!r}, model={mod
     while any(is_alive(pid) for pid in actors):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    published = verify(str(output))["rows"]
-    assert 0 < published < 5000
+    published = verify(str(output)).rows
+    assert 0 < published < NUM_MEMBERS
     record = run(images, output, model, executor="inline")
-    assert (record["books"]["ok"], record["books"]["already_done"]) == (5000 - published, published)
-    assert verify(str(output))["rows"] == 5000
+    assert (record.books.ok, record.books.already_done) == (NUM_MEMBERS - published, published)
+    assert verify(str(output)).rows == NUM_MEMBERS

@@ -25,6 +25,8 @@ from catdog import drawings, storage
 from catdog.bench import processes
 from catdog.schema import CLASS_NAMES
 
+pytestmark = pytest.mark.slow
+
 PROJECT = Path(__file__).resolve().parents[1]
 NUM_PICTURES = 64
 
@@ -93,7 +95,7 @@ def test_the_upload_is_the_code_alone(tmp_path: Path) -> None:
     packaging._zip_files(str(PROJECT), [], str(archive), include_parent_dir=False, include_gitignore=True)
     members = zipfile.ZipFile(archive).infolist()
     names = [member.filename for member in members]
-    assert {"jobs/predict.py", "catdog/cli.py", "catdog/storage/__init__.py"} <= set(names)
+    assert {"jobs/predict.py", "catdog/cli/__init__.py", "catdog/storage/__init__.py"} <= set(names)
     assert {name.split("/")[0] for name in names} == {"catdog", "jobs"}
     code = [member for member in members if not member.filename.startswith("catdog/default_model/")]
     assert sum(member.compress_size for member in code) < 2_000_000

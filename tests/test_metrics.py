@@ -30,7 +30,7 @@ labelled_probs = st.lists(
 )
 
 
-def every_metric(tree: dict[str, Any]) -> list[dict[str, Any]]:
+def every_metric(tree: Any) -> list[dict[str, Any]]:
     """Every `{"value", "ci95"}` in a tree of metrics."""
     if "ci95" in tree:
         return [tree]
@@ -68,8 +68,24 @@ def test_values_worked_out_by_hand() -> None:
     assert found["accuracy"]["ci95"] == pytest.approx([0.2307, 0.8824], abs=5e-5)
     # F1 of the dogs: 2·2 / (2·2 + 1 + 1); its interval is that of 2 of 4, carried over.
     assert found["per_class"]["dog"]["f1"]["value"] == pytest.approx(2 / 3)
-    low, high = metrics.proportion(2, 4, "")["ci95"]
+    low, high = metrics.share(2, 4)["ci95"]
     assert found["per_class"]["dog"]["f1"]["ci95"] == pytest.approx([2 * low / (1 + low), 2 * high / (1 + high)])
+
+
+def test_the_keys_are_those_of_the_types_in_their_order() -> None:
+    found = metrics.classification_metrics(*simulated(30))
+    assert list(found) == list(metrics.ClassificationMetrics.__annotations__)
+    assert list(found["per_class"]["cat"]) == list(metrics.ClassMetrics.__annotations__)
+    assert list(found["expected_calibration_error"]) == ["value", "ci95", "norm"]
+    assert list(metrics.review_metrics([0], [0.1], [True])) == list(metrics.ReviewMetrics.__annotations__)
+
+
+def test_a_metric_as_text() -> None:
+    estimate = metrics.share(3, 5)
+    assert metrics.text(estimate) == "0.6000 (95 % interval 0.2307 to 0.8824)"
+    assert metrics.text(estimate, percent=True) == "60.00 % (95 % interval 23.07 to 88.24)"
+    undefined = metrics.proportion(0, 0, "every image needs review")
+    assert metrics.text(undefined) == metrics.text(undefined, percent=True) == "undefined: every image needs review"
 
 
 def test_a_sure_but_wrong_answer_has_a_finite_log_loss() -> None:
@@ -137,7 +153,9 @@ def test_delong_interval_covers_what_it_should() -> None:
     num_covered = 0
     for _ in range(300):
         scores = rng.normal(size=200) + 2 * labels
-        low, high = metrics.roc_auc(labels, 1 / (1 + np.exp(-scores)))["ci95"]
+        interval = metrics.roc_auc(labels, 1 / (1 + np.exp(-scores)))["ci95"]
+        assert interval is not None
+        low, high = interval
         num_covered += low <= 0.92135 <= high
     assert 0.91 <= num_covered / 300 <= 0.99
 
@@ -145,6 +163,7 @@ def test_delong_interval_covers_what_it_should() -> None:
 @pytest.mark.parametrize("prob_dog", [[0.1, 0.2, 0.8, 0.9], [0.9, 0.8, 0.2, 0.1], [0.5, 0.5, 0.5, 0.5]])
 def test_auc_where_delong_has_no_variance_still_has_an_interval(prob_dog: list[float]) -> None:
     found = metrics.roc_auc([0, 0, 1, 1], prob_dog)
+    assert found["value"] is not None
     low, high = found["ci95"]
     assert 0 <= low <= found["value"] <= high <= 1
     assert high - low > 0.2
@@ -170,10 +189,14 @@ def test_calibration_error_is_not_what_chance_alone_makes_of_few_images() -> Non
 
 def test_one_class_only_leaves_some_metrics_undefined() -> None:
     found = metrics.classification_metrics([1, 1, 1], [0.9, 0.8, 0.7])
-    assert found["roc_auc"] == {"value": None, "ci95": None, "reason": "every image is of one class"}
-    assert found["per_class"]["cat"]["recall"]["reason"] == "no image is of this class"
-    assert found["per_class"]["cat"]["precision"]["reason"] == "no image is predicted to be of this class"
-    assert found["per_class"]["cat"]["f1"]["reason"] == "no image is of this class or predicted to be"
+
+    def undefined(reason: str) -> dict[str, Any]:
+        return {"value": None, "ci95": None, "reason": reason}
+
+    assert found["roc_auc"] == undefined("every image is of one class")
+    assert found["per_class"]["cat"]["recall"] == undefined("no image is of this class")
+    assert found["per_class"]["cat"]["precision"] == undefined("no image is predicted to be of this class")
+    assert found["per_class"]["cat"]["f1"] == undefined("no image is of this class or predicted to be")
     assert found["accuracy"]["value"] == 1.0
 
 

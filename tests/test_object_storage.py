@@ -10,9 +10,12 @@ from typing import Any
 
 import fsspec
 import pyarrow.parquet as pq
+import pytest
 from s3_server import S3Server
 
 from catdog import drawings
+
+pytestmark = pytest.mark.slow
 
 pytest_plugins = ["s3_server"]
 
@@ -20,7 +23,7 @@ NUM_PER_CLASS = 40
 
 
 def run_job(*argv: str) -> dict[str, Any]:
-    """Run `python -m jobs.COMMAND ...`; its run record."""
+    """Run `python -m jobs.COMMAND ...` and return its run record."""
     result = subprocess.run(
         [sys.executable, "-m", f"jobs.{argv[0]}", *argv[1:], "--json"],
         cwd=Path(__file__).resolve().parents[1],

@@ -1,7 +1,11 @@
+"""Joining a Ray cluster that cannot be reached."""
+
 import pytest
 
 from catdog.errors import UsageError
 from catdog.ray_session import connect
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:8265"])

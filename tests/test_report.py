@@ -1,14 +1,21 @@
 """`catdog.report`: the figures are whole PNGs, drawn the same every time, and show what they are given."""
 
 import io
-import zipfile
+import subprocess
+import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import matplotlib.axes
+import matplotlib.collections
+import matplotlib.colors
 import matplotlib.figure
+import matplotlib.lines
+import matplotlib.patches
+import matplotlib.text
 import numpy as np
 import pytest
+from inference_case import encoded_drawings
 from PIL import Image
 
 from catdog import metrics, report
@@ -87,14 +94,43 @@ def test_curves_name_the_last_epoch(drawn_texts: list[str]) -> None:
     assert "epoch 12: validation 0.320" in drawn_texts
 
 
+def xy(line: matplotlib.lines.Line2D) -> np.ndarray:
+    """The points of a line."""
+    return np.asarray(line.get_xydata())
+
+
+def heights(axes: matplotlib.axes.Axes) -> list[float]:
+    """Those of the bars."""
+    bars = [patch for patch in axes.patches if isinstance(patch, matplotlib.patches.Rectangle)]
+    assert len(bars) == len(axes.patches)
+    return [bar.get_height() for bar in bars]
+
+
 @pytest.mark.parametrize("num_epochs", [1, 2, 300])
-def test_curves_of_few_and_of_many_epochs(num_epochs: int) -> None:
-    opened(report.curves(history(num_epochs)))
+def test_curves_show_every_epoch_and_mark_the_last(
+    num_epochs: int, drawn_figures: list[matplotlib.figure.Figure]
+) -> None:
+    rows = history(num_epochs)
+    opened(report.curves(rows))
+    for axes, name in zip(drawn_figures[0].axes, ("accuracy", "loss"), strict=True):
+        train_curve, train_end, val_curve, val_end = (xy(line).tolist() for line in axes.lines)
+        for curve, end, split in ((train_curve, train_end, "train"), (val_curve, val_end, "val")):
+            assert curve == [[row["epoch"], row[f"{split}_{name}"]] for row in rows]
+            assert end == curve[-1:]
+        values = [value for _, value in train_curve + val_curve]
+        low, high = axes.get_ylim()
+        assert low <= min(values) <= max(values) <= high
+        assert axes.get_xlim() == (0.5, num_epochs + 0.5)
+        assert all(tick == round(tick) for tick in axes.get_xticks())
 
 
-def test_curves_of_a_perfect_training() -> None:
+def test_curves_of_a_perfect_training(drawn_texts: list[str], drawn_figures: list[matplotlib.figure.Figure]) -> None:
     perfect = {"epoch": 1, "train_loss": 0.0, "train_accuracy": 1.0, "val_loss": 0.0, "val_accuracy": 1.0}
     opened(report.curves([perfect, perfect | {"epoch": 2}]))
+    accuracy, loss = drawn_figures[0].axes
+    assert accuracy.get_ylim() == (0.9, 1)
+    assert loss.get_ylim() == (0, 1)
+    assert {"epoch 2: validation 100.0%", "epoch 2: validation 0.000"} <= set(drawn_texts)
 
 
 def test_confusion_shows_counts_and_shares_of_the_true_class(drawn_texts: list[str]) -> None:
@@ -104,8 +140,10 @@ def test_confusion_shows_counts_and_shares_of_the_true_class(drawn_texts: list[s
     assert "84.0% right: 1,680 of 2,000 images" in drawn_texts
 
 
-def test_confusion_of_one_class_only() -> None:
+def test_confusion_of_one_class_only(drawn_texts: list[str]) -> None:
     opened(report.confusion(np.array([[3, 1], [0, 0]]), ("cat", "dog")))
+    assert drawn_texts[:8] == ["3", "75.0%", "1", "25.0%", "0", "0.0%", "0", "0.0%"]
+    assert {"cat\n4", "dog\n0", "75.0% right: 3 of 4 images"} <= set(drawn_texts)
 
 
 def overconfident(num_images: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -135,7 +173,7 @@ def test_reliability_shows_shares_and_intervals_on_the_scale_of_log_odds(
 ) -> None:
     # Said to be dogs with 10 %, 80 % and for sure; 1 of 10, 6 of 10 and 10 of 10 are.
     labels = [1] + [0] * 9 + [1] * 6 + [0] * 4 + [1] * 10
-    report.reliability(labels, {"": np.repeat(np.float32([0.1, 0.8, 1.0]), 10)})
+    report.reliability(labels, {"": np.repeat(np.array([0.1, 0.8, 1.0], np.float32), 10)})
     points, bars = drawn_figures[0].axes
     marks = [line for line in points.lines if line.get_marker() == "o"]
     end = np.log(0.9999 / 0.0001)
@@ -143,18 +181,37 @@ def test_reliability_shows_shares_and_intervals_on_the_scale_of_log_odds(
     assert np.array([line.get_xydata() for line in marks])[:, 0] == pytest.approx(np.array(expected), abs=1e-6)
     assert [line.get_markerfacecolor() == "white" for line in marks] == [False, False, True]
     for num_dogs, interval, (x, _) in zip((1, 6, 10), points.collections, expected, strict=True):
-        low, high = metrics.proportion(num_dogs, 10, "")["ci95"]
+        low, high = metrics.share(num_dogs, 10)["ci95"]
         segment = [[x, np.log(low / (1 - low))], [x, np.log(high / (1 - high)) if high < 0.9999 else end]]
+        assert isinstance(interval, matplotlib.collections.LineCollection)
         assert interval.get_segments()[0] == pytest.approx(np.array(segment), abs=1e-6)
-    assert [patch.get_height() for patch in bars.patches if patch.get_height()] == [10, 10, 10]
+    assert [height for height in heights(bars) if height] == [10, 10, 10]
     assert points.get_xlim() == points.get_ylim() == bars.get_xlim() == pytest.approx((-end, end))
 
 
 @pytest.mark.parametrize(
-    ("labels", "prob_dog"), [([1], [0.5]), ([0, 1], [1.0, 0.0]), ([0, 0, 0], [0.0] * 3), ([1] * 100, [0.999999] * 100)]
+    ("labels", "prob_dog", "expected"),
+    [
+        ([1], [0.5], [(0, 1)]),
+        ([0, 1], [1.0, 0.0], [(-1, 1), (1, -1)]),
+        ([0, 0, 0], [0.0] * 3, [(-1, -1)]),
+        ([1] * 100, [0.999999] * 100, [(1, 1)]),
+    ],
 )
-def test_reliability_of_few_and_of_extreme_probabilities(labels: list[int], prob_dog: list[float]) -> None:
+def test_reliability_of_few_and_of_extreme_probabilities(
+    labels: list[int],
+    prob_dog: list[float],
+    expected: list[tuple[int, int]],
+    drawn_figures: list[matplotlib.figure.Figure],
+) -> None:
+    """`expected`: the points, where 0 is the middle of an axis and -1 and 1 are its ends."""
     opened(report.reliability(labels, {"Reliability": prob_dog}))
+    points, bars = drawn_figures[0].axes
+    _, end = points.get_xlim()
+    marks = [line for line in points.lines if line.get_marker() == "o"]
+    assert np.array([xy(line)[0] for line in marks]) == pytest.approx(np.array(expected) * end)
+    assert {line.get_markerfacecolor() for line in marks} == {"white"}
+    assert sum(heights(bars)) == len(labels)
 
 
 def test_reliability_shows_what_it_is_given() -> None:
@@ -198,29 +255,57 @@ def test_grid_shows_photographs_upright() -> None:
     assert np.ptp(rows) > np.ptp(columns)
 
 
+def test_a_sheet_shows_its_sections_one_below_the_other(drawn_figures: list[matplotlib.figure.Figure]) -> None:
+    cats = [report.Tile(image=picture("#ff0000"), caption=f"cat {index}") for index in range(7)]  # two rows
+    dog = report.Tile(image=picture("#0000ff"), caption="60 × 40 px", note="a note", mark="✓", colour="#008000")
+    sections = [report.Section(heading="Cats", tiles=cats), report.Section(heading="Dogs", tiles=[dog])]
+    image = np.asarray(opened(report.sheet(sections, "A title")))
+
+    [axes] = drawn_figures[0].axes
+    below = {text.get_text(): text.get_position()[1] for text in axes.texts}
+    captions = [f"cat {index}" for index in range(7)]
+    assert list(below) == ["A title", "Cats", *captions, "Dogs", "✓", "60 × 40 px", "a note"]
+    heights = [below[name] for name in ("A title", "Cats", "cat 0", "cat 6", "Dogs", "60 × 40 px", "a note")]
+    assert heights == sorted(set(heights))
+    for colour, first, last in (((255, 0, 0), "Cats", "cat 6"), ((0, 0, 255), "Dogs", "60 × 40 px")):
+        rows, _ = np.nonzero((image == colour).all(axis=2))
+        assert below[first] < rows.min() < rows.max() < below[last]
+    assert below["a note"] < image.shape[0]
+
+    [frame] = axes.patches  # of the only tile that has a colour
+    assert isinstance(frame, matplotlib.patches.Rectangle)
+    assert frame.get_edgecolor() == matplotlib.colors.to_rgba("#008000")
+    assert below["Dogs"] < frame.get_y() < below["60 × 40 px"]
+
+
+def test_what_only_reads_and_labels_does_not_load_matplotlib() -> None:
+    names = "catdog.dataset.pipeline", "catdog.inference.executors", "catdog.calibration"
+    code = f"import sys, {', '.join(names)}; print('matplotlib' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"
+
+
 def test_the_same_input_gives_the_same_bytes() -> None:
     items = [item("red", "cat", "dog"), item("green", "dog", "dog")]
-    for draw in (
+    drawings: tuple[Callable[[], bytes], ...] = (
         lambda: report.curves(history(5)),
         lambda: report.confusion([[5, 1], [2, 6]], ("cat", "dog")),
         lambda: report.reliability([0, 1, 1], {"before": [0.1, 0.9, 0.4], "after": [0.2, 0.8, 0.4]}),
         lambda: report.predictions_grid(items, "title"),
-    ):
+        lambda: report.sheet([report.Section(tiles=[report.Tile(image=picture("red"), caption="caption")])]),
+    )
+    for draw in drawings:
         first = draw()
         assert first == draw()
         assert b"atplotlib" not in first
 
 
-def test_grid_of_real_photographs(shared_data: Path) -> None:
-    items = []
-    with zipfile.ZipFile(shared_data / "other-cameras.zip") as archive:
-        for name in [name for name in archive.namelist() if name.endswith(".jpg")][::40]:
-            items.append(
-                report.GridItem(
-                    image=archive.read(name), label=name.split("/")[0], predicted_label="dog", confidence=0.75
-                )
-            )
-    image = opened(report.predictions_grid(items, "Every fortieth"))
+def test_grid_of_many_pictures() -> None:
+    items = [
+        report.GridItem(image=image, label="cat", predicted_label="dog", confidence=0.75)
+        for image in encoded_drawings(15)
+    ]
+    image = opened(report.predictions_grid(items, "Fifteen drawings"))
     assert len(np.unique(np.asarray(image).reshape(-1, 3), axis=0)) > 10_000
 
 

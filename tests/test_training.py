@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import os
-import queue
 import re
 import shutil
 import signal
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,20 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from PIL import Image
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
-from ray.train.v2._internal.execution.context import get_train_context
 
-from catdog import architectures, bundle, drawings, images
-from catdog.config import PrepareConfig, TrainConfig, to_dict
+from catdog import architectures, bundle, drawings, images, provenance, ray_internals
+from catdog.config import PrepareConfig, TrainConfig
 from catdog.dataset import prepare
 from catdog.dataset.reading import load_info
 from catdog.errors import DatasetError, OutputRefusedError, TrainingError, UsageError
-from catdog.training import checkpoint, decoding, group, loop, progress, train, trainer
+from catdog.training import TrainRecord, checkpoint, decoding, group, loop, progress, request, resolve, train
+from catdog.training.checkpoint import Checkpoint
 from catdog.training.feed import Share
-from catdog.training.progress import Teller, Tick
-from catdog.training.recorder import Recorder
+from catdog.training.observers import Observer, Tick, WorkerInfo
+from catdog.training.progress import Teller
 from catdog.training.step import Learner
-from catdog.training.trainer import resolve
+
+pytestmark = pytest.mark.slow
 
 SIZE, BATCH_SIZE = 48, 15
 SMALL: dict[str, Any] = {
@@ -75,8 +74,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config(dataset: str, output: Path, **changes: Any) -> TrainConfig:
-    fields = {"data": dataset, "output": str(output), "epochs": NUM_EPOCHS, "checkpoint_steps": CHECKPOINT_STEPS}
-    return TrainConfig(**(fields | SMALL | changes))
+    fields: dict[str, Any] = SMALL | {"epochs": NUM_EPOCHS, "checkpoint_steps": CHECKPOINT_STEPS} | changes
+    return TrainConfig(data=dataset, output=str(output), **fields)
 
 
 def read_history(output: Path) -> list[dict[str, float]]:
@@ -94,7 +93,7 @@ def tensorboard_steps(output: Path) -> dict[str, list[int]]:
 
 def command(config: TrainConfig) -> list[str]:
     """A command line that trains so."""
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in to_dict(config).items() if value is not None]
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(config).items() if value is not None]
     switches = [flag for flag in flags if not flag.endswith(("=True", "=False"))]  # those have their defaults
     return [sys.executable, "-c", "import sys; from catdog.cli import main; sys.exit(main())", "train", *switches]
 
@@ -127,13 +126,73 @@ def full_disk(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         process.kill()
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """An undisturbed training."""
+
+    output: Path
+    journals: Path
+    """A file per worker: what its observer was told."""
+
+    record: TrainRecord
+
+
 @pytest.fixture(scope="module")
-def trained(dataset: str, full_disk: FullDisk | None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed training. (`full_disk` runs beside it, to save time.)"""
-    output = tmp_path_factory.mktemp("trained") / "model"
-    record = train(config(dataset, output))
-    assert not record["resumed"]
-    return output
+def undisturbed(dataset: str, full_disk: FullDisk | None, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A training, one of whose observers writes down what it is told, and one of which fails.
+
+    (`full_disk` runs beside it, to save time.)
+    """
+    output, journals = tmp_path_factory.mktemp("trained") / "model", tmp_path_factory.mktemp("journals")
+
+    # Classes of a function are pickled with their code: the workers cannot import this module.
+    class Journal(Observer):
+        def __init__(self, worker: WorkerInfo) -> None:
+            assert worker.output == str(output)
+            self._path = journals / f"{worker.rank} of {worker.num_workers}"
+
+        def write(self, *event: object) -> None:
+            with self._path.open("a") as file:
+                print(*event, file=file)
+
+        def started(self, step: int) -> None:
+            self.write("started", step)
+
+        def stepped(self, step: int) -> None:
+            self.write("stepped", step)
+
+        def saving(self, step: int) -> None:
+            self.write("saving", step)
+
+        def saved(self, step: int) -> None:
+            self.write("saved", step)
+
+        def epoch_done(self, history: Sequence[dict[str, float]]) -> None:
+            self.write("epoch_done", len(history))
+
+        def finishing(self) -> None:
+            assert not (output / "bundle.json").exists()
+            self.write("finishing")
+
+        def close(self) -> None:
+            self.write("close")
+
+    class Broken(Observer):
+        def stepped(self, step: int) -> None:
+            raise ValueError("not today")
+
+        def saved(self, step: int) -> None:
+            raise OSError("no space")
+
+    record = train(config(dataset, output), observers=[lambda worker: Broken(), Journal])
+    assert not record.resumed
+    return Trained(output, journals, record)
+
+
+@pytest.fixture(scope="module")
+def trained(undisturbed: Trained) -> Path:
+    """The output of an undisturbed training."""
+    return undisturbed.output
 
 
 def test_a_training_writes_a_bundle_its_history_and_its_curves(trained: Path, dataset: str) -> None:
@@ -154,6 +213,50 @@ def test_a_training_writes_a_bundle_its_history_and_its_curves(trained: Path, da
     assert not (trained / checkpoint.DIRECTORY).exists()
 
 
+def test_every_worker_is_observed_and_the_chief_alone_writes(undisturbed: Trained) -> None:
+    def told(*, chief: bool) -> list[str]:
+        expected = ["started 0"]
+        for epoch in range(NUM_EPOCHS):
+            for step in range(1, STEPS_PER_EPOCH + 1):
+                done = epoch * STEPS_PER_EPOCH + step
+                expected.append(f"stepped {done}")
+                if chief and (step % CHECKPOINT_STEPS == 0 or step == STEPS_PER_EPOCH):
+                    expected += [f"saving {done}", f"saved {done}"]
+            expected.append(f"epoch_done {epoch + 1}")
+        return [*expected, "finishing", "close"]
+
+    for name, is_chief in (("0 of 2", True), ("1 of 2", False)):
+        assert (undisturbed.journals / name).read_text().splitlines() == told(chief=is_chief)
+    assert len(list((undisturbed.output / "tensorboard").iterdir())) == 1
+
+
+def test_the_record_tells_what_a_training_came_to(undisturbed: Trained) -> None:
+    record, card = undisturbed.record, bundle.load(str(undisturbed.output)).card
+    assert list(record.to_dict()) == [
+        "command",
+        "output",
+        "model_id",
+        "arch",
+        "resumed",
+        "wall_seconds",
+        "metrics",
+        "calibration",
+        "epochs_trained",
+        "training_seconds",
+        "durations_s",
+        "precision",
+        "config",
+    ]
+    assert json.loads(json.dumps(record.to_dict()))["metrics"] == card["metrics"]
+    head, training, validation, temperature, shares, where = record.summary()
+    assert head.startswith(f"Trained cnn for {NUM_EPOCHS} epochs in ")
+    assert training.endswith(f"loss {card['metrics']['train_loss']:.4f}")
+    assert validation.endswith(f"loss {card['metrics']['val_loss']:.4f}")
+    assert temperature.startswith(f"  calibration temperature {card['temperature']:.2f}: ECE ")
+    assert sum(float(share) for share in re.findall(r"[\d.]+(?= %)", shares)) == pytest.approx(100, abs=0.03)
+    assert where == f"Model: {undisturbed.output}"
+
+
 def test_validation_counts_every_image_once(trained: Path, dataset: str) -> None:
     # The bundle's own model, image by image in one process, gives what the two workers reported together.
     loaded = bundle.load(str(trained))
@@ -171,7 +274,7 @@ def test_the_same_command_again_finds_it_done(trained: Path, dataset: str) -> No
     card = (trained / "bundle.json").read_bytes()
     # Where and how fast it computes may differ.
     record = train(config(dataset, trained, num_workers=1, checkpoint_steps=7))
-    assert record["resumed"]
+    assert record.resumed
     assert (trained / "bundle.json").read_bytes() == card
 
 
@@ -194,14 +297,23 @@ def test_an_output_that_the_workers_do_not_see_is_refused(tmp_path: Path) -> Non
 
 
 def test_a_signature_in_the_weights_url_is_not_published_and_may_change(dataset: str, tmp_path: Path) -> None:
-    def configured(url: str) -> TrainConfig:
-        return trainer._redacted(resolve(config(dataset, tmp_path, arch="vgg16", weights=url)))
+    def fingerprint(url: str) -> str:
+        published = provenance.configuration(resolve(config(dataset, tmp_path, arch="vgg16", weights=url)))
+        assert "secret" not in json.dumps(published)
+        return request.fingerprint(published, "d")
 
-    one, other = (configured(f"https://user:secret@host/{name}.h5?X-Sig=secret{name}") for name in "ab")
-    assert "secret" not in json.dumps([to_dict(one), to_dict(other)])
-    assert trainer._fingerprint(one, "d") != trainer._fingerprint(other, "d")
-    again = configured("https://user:secret@host/a.h5?X-Sig=another")
-    assert trainer._fingerprint(one, "d") == trainer._fingerprint(again, "d")
+    one, other = (fingerprint(f"https://user:secret@host/{name}.h5?X-Sig=secret{name}") for name in "ab")
+    assert one != other
+    assert fingerprint("https://user:secret@host/a.h5?X-Sig=another") == one
+
+
+def test_a_training_that_an_earlier_version_began_is_the_same_training() -> None:
+    config = TrainConfig(data="/data", output="/model", arch="cnn", epochs=2, batch_size=32, image_size=64)
+    published = provenance.configuration(resolve(config))
+    assert list(published) == [field.name for field in dataclasses.fields(TrainConfig)]
+    assert (
+        request.fingerprint(published, "digest") == "88da7de0b903ff0de3bcd8b41c4b39c9e9b1c49077471cfd48d44dbeb37356c4"
+    )
 
 
 @pytest.mark.parametrize(
@@ -257,22 +369,22 @@ def test_more_workers_than_the_cluster_holds_are_refused(
 @contextlib.contextmanager
 def only_worker(config: TrainConfig, *, weights: bytes | None = None) -> Iterator[tuple[loop._Worker, Learner]]:
     """The one worker of a group, in this process: up to the end of its first epoch it has no need of Ray Train."""
-    config = resolve(config)
+    resolved = resolve(config)
     info = load_info(config.data)
-    train_source, val_source = (decoding.source(info, split, SIZE, in_memory=True) for split in ("train", "val"))
-    plan = loop.Plan(
-        config=config,
+    train_source, val_source = decoding.sources(info, SIZE, in_memory=True)
+    briefing = loop.Briefing(
+        config=resolved,
         steps_per_epoch=STEPS_PER_EPOCH,
         train=train_source,
         val=val_source,
         weights=None if weights is None else ray.put(weights),
         card={},
-        progress=queue.SimpleQueue(),
+        observers=(),
+        chief_observers=(),
     )
     share = Share(rank=0, num_workers=1, batch_size=BATCH_SIZE)
-    learner = Learner(config, share, steps_per_epoch=STEPS_PER_EPOCH, precision="float32")
-    with Recorder(config.output) as recorder:
-        yield loop._Worker(plan, share, learner, recorder), learner
+    learner = Learner(resolved, share, steps_per_epoch=STEPS_PER_EPOCH, precision="float32")
+    yield loop._Worker(briefing, share, learner, Observer(), checkpoint.load_latest(config.output)), learner
 
 
 def weights_file(model: keras.Model, path: Path) -> bytes:
@@ -340,7 +452,8 @@ def test_weights_that_are_not_finite_end_every_worker_and_are_never_saved(
         with pytest.raises(TrainingError, match=NOT_FINITE):
             worker.run()
         # One that is not the first, and saves nothing, must not go on and wait for it.
-        other = loop._Worker(worker._plan, worker._share, learner, None)
+        share = dataclasses.replace(worker._share, rank=1)
+        other = loop._Worker(worker._briefing, share, learner, Observer(), None)
         with pytest.raises(TrainingError, match=NOT_FINITE):
             other._save_checkpoint(1, {})
     assert checkpoint.latest_step(diverging.output) == -1
@@ -350,27 +463,31 @@ def test_a_training_goes_on_unheard_where_the_queue_of_its_progress_dies(caplog:
     caplog.set_level(logging.INFO, logger="catdog")
     tick = Tick(epoch=2, num_epochs=3, step=4, steps_per_epoch=5, loss=0.25, images_per_s=1234.5, eta_s=4000)
     with progress.followed() as channel:
-        teller = Teller(channel)
-        assert not teller.is_due()
-        teller.tell(tick)
+        teller = Teller(channel, WorkerInfo(rank=0, num_workers=1, output="-"))
+        teller.ticked(tick)
         deadline = time.monotonic() + 60
         while not caplog.messages and time.monotonic() < deadline:
             time.sleep(0.05)
         ray.kill(channel.actor)
-        teller.tell(tick)
-        teller.tell(tick)
+        teller.ticked(tick)
+        teller.epoch_done([{"epoch": 2.0}])
+        teller.close()
     assert caplog.messages == ["Epoch 2/3, step 4/5: loss 0.2500; 1,234 images/s, 67 min left"]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (89, "89 s"), (95, "2 min"), (5000, "83 min"), (11_100, "3 h 05 min")]
-)
-def test_durations_are_short(seconds: float, text: str) -> None:
-    assert progress.duration(seconds) == text
+def test_a_training_goes_on_in_the_precision_that_it_began_with(dataset: str, tmp_path: Path) -> None:
+    auto = resolve(config(dataset, tmp_path))
+    begun = Checkpoint(step=3, history=[], sums={}, precision="float16", arrays={})
+    here = loop._precision(auto, None)
+    assert here in ("float32", "bfloat16")
+    assert loop._precision(auto, begun) == "float16"
+    assert loop._precision(auto, dataclasses.replace(begun, precision=None)) == here
 
 
 def test_what_ended_the_workers_is_told_in_a_line() -> None:
-    died = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.ActorDiedError())
+    health_check_error = ray_internals.find(ray_internals.HEALTH_CHECK_ERROR)
+    assert health_check_error is not None
+    died = health_check_error("A worker health check failed.", ray.exceptions.ActorDiedError())
     failed = ray.exceptions.RayTaskError(
         "train_loop", "Traceback\n  File ...\nZeroDivisionError: by zero", ValueError()
     )
@@ -434,8 +551,8 @@ def test_after_a_full_disk_and_a_kill_within_an_epoch_the_model_is_that_of_an_un
     assert interrupted.sums["loss"] > 0
 
     record = train(config(dataset, output))
-    assert record["resumed"]
-    assert record["epochs_trained"] == NUM_EPOCHS
+    assert record.resumed
+    assert record.epochs_trained == NUM_EPOCHS
     for name in ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate"):
         ours, theirs = ([row[name] for row in read_history(each)] for each in (output, trained))
         assert ours == pytest.approx(theirs, rel=1e-5), name
@@ -456,10 +573,11 @@ def wait_until_nothing_changes(output: Path) -> None:
 def joined_node(num_cpus: int) -> Iterator[None]:
     """A node that joins the cluster of this module."""
     address = ray.get_runtime_context().gcs_address
-    line = [Path(sys.executable).parent / "ray", "start", f"--address={address}", f"--num-cpus={num_cpus}", "--block"]
+    ray_command = str(Path(sys.executable).parent / "ray")
+    line = [ray_command, "start", f"--address={address}", f"--num-cpus={num_cpus}", "--block"]
     line += ["--object-store-memory=200000000"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(line, start_new_session=True, **quiet) as process:
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(line, start_new_session=True, stdout=quiet, stderr=quiet) as process:
         try:
             yield
         finally:
@@ -486,19 +604,21 @@ def test_it_goes_on_with_as_many_workers_as_there_is_room_for_and_streams(
     output, seen = tmp_path / "model", tmp_path / "workers"
     seen.mkdir()
 
-    def watched(settings: dict[str, Any]) -> None:
-        save = checkpoint.save
+    class Watcher(Observer):
+        def __init__(self, worker: WorkerInfo) -> None:
+            self._is_finishing = False
+            (seen / f"{worker.rank} of {worker.num_workers}").touch()
 
-        def save_and_wait(url: str, state: checkpoint.Checkpoint) -> None:
-            save(url, state)
+        def saved(self, step: int) -> None:
             while not (seen / "node gone").exists():
                 time.sleep(0.1)
 
-        checkpoint.save = save_and_wait
-        context = ray.train.get_context()
-        (seen / f"{context.get_world_rank()} of {context.get_world_size()}").touch()
-        loop.train_loop(settings)
-        os.kill(os.getpid(), signal.SIGKILL)  # when the model is there already
+        def finishing(self) -> None:
+            self._is_finishing = True
+
+        def close(self) -> None:
+            if self._is_finishing:  # and the model is there already
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def wait_for(happened: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 300
@@ -515,10 +635,10 @@ def test_it_goes_on_with_as_many_workers_as_there_is_room_for_and_streams(
     started = config(dataset, output, num_workers=2, min_workers=1, cpus_per_worker=2)
     node = threading.Thread(target=come_and_go)
     node.start()
-    record = train(started, in_memory=False, train_loop=watched)
+    record = train(started, in_memory=False, observers=[Watcher])
     node.join()
     assert {path.name for path in seen.iterdir()} == {"0 of 1", "0 of 2", "1 of 2", "node gone"}
-    assert record["epochs_trained"] == NUM_EPOCHS
+    assert record.epochs_trained == NUM_EPOCHS
     assert not (output / checkpoint.DIRECTORY).exists()
     ours, theirs = read_history(output)[-1], read_history(trained)[-1]
     for name in ("train_loss", "val_loss"):
@@ -564,16 +684,10 @@ def test_a_signal_ends_a_training_and_leaves_its_last_checkpoint(dataset: str, t
 def test_a_training_whose_controller_is_killed_ends_and_leaves_its_last_checkpoint(
     dataset: str, tmp_path: Path
 ) -> None:
-    def watched(settings: dict[str, Any]) -> None:
-        save = checkpoint.save
-
-        def save_and_kill(url: str, state: checkpoint.Checkpoint) -> None:
-            save(url, state)
-            ray.kill(get_train_context().controller_actor)
-
-        checkpoint.save = save_and_kill
-        loop.train_loop(settings)
+    class Killer(Observer):
+        def saved(self, step: int) -> None:
+            ray.kill(ray_internals.train_controller())
 
     with pytest.raises(TrainingError, match=r"the same command again goes on from the last checkpoint\."):
-        train(config(dataset, tmp_path / "model", num_workers=1), train_loop=watched)
+        train(config(dataset, tmp_path / "model", num_workers=1), observers=[lambda worker: Killer()])
     assert checkpoint.latest_step(str(tmp_path / "model")) == CHECKPOINT_STEPS

@@ -1,5 +1,8 @@
 import dataclasses
 import errno
+import hashlib
+import io
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from catdog.errors import StorageError, TrainingError
@@ -17,18 +21,20 @@ from catdog.training.checkpoint import Checkpoint
 
 def state_after(step: int) -> Checkpoint:
     rng = np.random.default_rng(step)
-    arrays = {
+    arrays: dict[str, list[npt.NDArray[Any]]] = {
         "model": [rng.normal(size=(3, 4)).astype(np.float32), np.arange(step), np.array([1, 2], np.uint32)],
         "optimizer": [np.asarray(step, np.int64)] + [rng.normal(size=2) for _ in range(11)],
         "average": [rng.normal(size=(3, 4))],
     }
     history = [{"epoch": float(done + 1), "val_loss": 1 / (done + 1)} for done in range(step // 100)]
-    return Checkpoint(step=step, history=history, sums={"loss": step / 3, "correct": 7.0}, arrays=arrays)
+    return Checkpoint(
+        step=step, history=history, sums={"loss": step / 3, "correct": 7.0}, precision="bfloat16", arrays=arrays
+    )
 
 
 def assert_same(one: Checkpoint | None, other: Checkpoint) -> None:
     assert one is not None
-    assert (one.step, one.history, one.sums) == (other.step, other.history, other.sums)
+    assert (one.step, one.history, one.sums, one.precision) == (other.step, other.history, other.sums, other.precision)
     assert one.arrays.keys() == other.arrays.keys()
     for name, arrays in other.arrays.items():
         for found, expected in zip(one.arrays[name], arrays, strict=True):
@@ -81,7 +87,7 @@ KILLED_WRITER = """if True:
     import os, signal, sys
     from catdog.training import checkpoint
     os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
-    checkpoint.save(sys.argv[1], checkpoint.Checkpoint(step=300, history=[], sums={}, arrays={}))
+    checkpoint.save(sys.argv[1], checkpoint.Checkpoint(step=300, history=[], sums={}, precision=None, arrays={}))
 """
 
 
@@ -113,8 +119,22 @@ def test_one_that_cannot_be_written_leaves_the_others(output: str, monkeypatch: 
 
 def test_names_sort_by_step_however_many_digits(tmp_path: Path) -> None:
     for step in (99_999_999, 100_000_000):
-        checkpoint.save(str(tmp_path), Checkpoint(step=step, history=[], sums={}, arrays={}))
+        checkpoint.save(str(tmp_path), Checkpoint(step=step, history=[], sums={}, precision=None, arrays={}))
     assert checkpoint.latest_step(str(tmp_path)) == 100_000_000
+
+
+def test_one_that_an_earlier_version_saved_says_no_precision(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    meta = np.frombuffer(json.dumps({"step": 7, "history": [], "sums": {"loss": 1.5}}).encode(), np.uint8)
+    np.savez(buffer, allow_pickle=False, meta=meta, **{"model-0000": np.arange(3)})
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()[:16]
+    (tmp_path / checkpoint.DIRECTORY).mkdir()
+    (tmp_path / checkpoint.DIRECTORY / f"step-00000007-{digest}.npz").write_bytes(buffer.getvalue())
+    arrays = {"model": [np.arange(3)]}
+    assert_same(
+        checkpoint.load_latest(str(tmp_path)),
+        Checkpoint(step=7, history=[], sums={"loss": 1.5}, precision=None, arrays=arrays),
+    )
 
 
 def test_without_any_training_starts_afresh(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from catdog.training.decoding import Batch, Source
 from catdog.training.feed import Feed, Share
 from catdog.training.prefetch import prefetched
 
+pytestmark = pytest.mark.slow
+
 SIZE = 8
 SHARDS = (21, 13, 11)
 NUM_IMAGES = sum(SHARDS)
@@ -57,10 +59,10 @@ def write_dataset(path: Path) -> None:
     parts = {}
     for number, num_rows in enumerate(SHARDS):
         rows = [
-            {"image_id": str(i), "uri": f"/{i}.png", "label": i % 3 == 0, "image": picture(i), "width": 1, "height": 1}
+            {"image_id": str(i), "uri": f"/{i}.png", "label": int(i % 3 == 0), "image": picture(i)}
             for i in itertools.islice(index, num_rows)
         ]
-        table = pa.Table.from_pylist([row | {"label": int(row["label"])} for row in rows], schema=DATASET_SCHEMA)
+        table = pa.Table.from_pylist([row | {"width": 1, "height": 1} for row in rows], schema=DATASET_SCHEMA)
         name = f"part-{number:05}.parquet"
         storage.publish_parquet(str(path / "train" / name), table, row_group_rows=4)
         parts[name] = num_rows
@@ -116,7 +118,7 @@ def numbers(batch: Batch) -> list[int]:
     )
     np.testing.assert_array_equal(images[:, 0, 0, 2], 255 - found)
     np.testing.assert_array_equal(labels, found % 3 == 0)
-    return found.tolist()
+    return [int(number) for number in found]
 
 
 def flat(steps: Iterable[list[int]]) -> list[int]:
@@ -211,7 +213,7 @@ def test_all_batches_have_each_image_once_in_its_place(
     held: Source, streamed: Source, num_workers: int, batch_size: int
 ) -> None:
     for source in (held, streamed):
-        places = []
+        places: list[int] = []
         for share in shares(num_workers, 64):
             for place, images, labels in Feed(source, share).all_batches(batch_size):
                 assert len(labels) <= batch_size

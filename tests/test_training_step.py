@@ -15,25 +15,23 @@ from catdog import architectures
 from catdog.architectures import ARCHITECTURES
 from catdog.bench import processes
 from catdog.config import TrainConfig
+from catdog.training import resolve
 from catdog.training.feed import Share
 from catdog.training.step import Learner, resolve_precision
-from catdog.training.trainer import resolve
 
-pytestmark = pytest.mark.usefixtures("small")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small")]
 
 WORKER = Path(learner_worker.__file__)
 SIZE, BATCH_SIZE, STEPS_PER_EPOCH = 32, 8, 4
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Arrays]:
-    """What each of two workers ended with, of every run: `plain-float32/after-model-0`."""
-    directory = tmp_path_factory.mktemp("pair")
+def two_workers(arch: str, precision: str, directory: Path) -> list[Arrays]:
+    """What each of two workers ended with: `after-model-0` and so on."""
     ports = ",".join(map(str, processes.free_ports(2)))
     outputs = [directory / f"{rank}.npz" for rank in range(2)]
     workers = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), ports, str(output)],
+            [sys.executable, str(WORKER), str(rank), ports, arch, precision, str(output)],
             env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
             stderr=subprocess.PIPE,
             text=True,
@@ -45,30 +43,30 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Arrays]:
     return [dict(np.load(output)) for output in outputs]
 
 
-def test_two_workers_compute_what_one_computes(pair: list[Arrays]) -> None:
+def test_two_workers_compute_what_one_computes(tmp_path: Path) -> None:
     alone = learner_worker.steps("plain", "float32", 0, 1)
-    for worker in pair:
+    for worker in two_workers("plain", "float32", tmp_path):
         for name, array in alone.items():
-            np.testing.assert_allclose(worker[f"plain-float32/{name}"], array, rtol=1e-4, atol=5e-5, err_msg=name)
+            np.testing.assert_allclose(worker[name], array, rtol=1e-4, atol=5e-5, err_msg=name)
     assert alone["totals"][-1, 0] < alone["totals"][0, 0]
 
 
-def test_in_bfloat16_all_workers_end_with_the_same_weights_and_learn_as_one_does(pair: list[Arrays]) -> None:
-    one, other = pair
-    names = [name for name in one if name.startswith("plain-bfloat16/after-")]
+def test_in_bfloat16_all_workers_end_with_the_same_weights_and_learn_as_one_does(tmp_path: Path) -> None:
+    one, other = two_workers("plain", "bfloat16", tmp_path)
+    names = [name for name in one if name.startswith("after-")]
     assert names
     for name in names:
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
     alone = learner_worker.steps("plain", "bfloat16", 0, 1)
-    np.testing.assert_allclose(one["plain-bfloat16/totals"][:, 0], alone["totals"][:, 0], rtol=0.02)
+    np.testing.assert_allclose(one["totals"][:, 0], alone["totals"][:, 0], rtol=0.02)
 
 
-def test_with_batch_normalization_all_workers_end_with_the_same_model(pair: list[Arrays]) -> None:
-    one, other = pair
-    after = [name for name in one if name.startswith("normalized-float32/after-")]
-    for name in [*after, "normalized-float32/totals", "normalized-float32/logits"]:
+def test_with_batch_normalization_all_workers_end_with_the_same_model(tmp_path: Path) -> None:
+    one, other = two_workers("normalized", "float32", tmp_path)
+    after = [name for name in one if name.startswith("after-")]
+    for name in [*after, "totals", "logits"]:
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
-    before = [name for name in one if name.startswith("normalized-float32/before-")]
+    before = [name for name in one if name.startswith("before-")]
     drifted = [name for name in before if not np.array_equal(one[name], other[name])]
     assert drifted, "the moving statistics of workers that saw different images must have differed before"
     for name in drifted:
@@ -91,7 +89,14 @@ def test_auto_precision_follows_the_hardware() -> None:
 
 
 def learner_of(arch: str, *, precision: str = "float32", **changes: Any) -> Learner:
-    fields = {"data": "-", "output": "-", "arch": arch, "image_size": SIZE, "batch_size": BATCH_SIZE, "epochs": 2}
+    fields: dict[str, Any] = {
+        "data": "-",
+        "output": "-",
+        "arch": arch,
+        "image_size": SIZE,
+        "batch_size": BATCH_SIZE,
+        "epochs": 2,
+    }
     share = Share(rank=0, num_workers=1, batch_size=BATCH_SIZE)
     config = resolve(TrainConfig(**(fields | changes)))
     return Learner(config, share, steps_per_epoch=STEPS_PER_EPOCH, precision=precision)

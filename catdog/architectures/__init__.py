@@ -1,8 +1,8 @@
-"""Name → Keras model, its preprocessing included, the recipe it is trained with, and pretrained weights for it.
+"""The architectures: for each name a Keras model, the recipe that trains it, and pretrained weights if there are any.
 
-Every model takes RGB pixels of 0 to 255, shape (B, H, W, 3), and ends in a layer `logits`, float32 (B, 1), of class 1
-(`dog`), followed by a sigmoid `prob_dog`. An architecture that can start from published weights holds them in a nested
-model, its backbone.
+Every model takes RGB pixels of 0 to 255, shape (B, H, W, 3), and scales them itself. It ends in a layer `logits`,
+float32 (B, 1), the logit of class 1 (`dog`), and a sigmoid layer `prob_dog`. An architecture that can start from
+published weights has a nested model for them, its backbone.
 """
 
 from catdog.architectures.fast_layers import in_bfloat16

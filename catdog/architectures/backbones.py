@@ -1,8 +1,8 @@
 """Published networks without their classifiers: how each is built, what pixels it takes, where its weights are.
 
 A backbone is a nested model that always infers: BatchNormalization keeps the statistics, the scale and the offset that
-were published, and dropout and stochastic depth are off. A batch's own statistics would be too noisy at the few dozen
-images that each worker holds, and would leave what the weights were trained with.
+were published, and dropout and stochastic depth are off. The statistics of a batch would be too noisy, with a few dozen
+images per worker, and would not be those that the weights were trained with.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 BACKBONE_LAYER: Final = "backbone"
 KERAS_URL: Final = "https://storage.googleapis.com/tensorflow/keras-applications/"
-"""Where keras.applications has its weights."""
+"""Address of the folder from which keras.applications downloads its weights."""
 
 DROPOUT: Final = 0.2
-"""Of the features, in training; what EfficientNet and its successors use at this size."""
+"""Dropout rate of the features in training. EfficientNet and its successors use it at this size."""
 
 RGB = tuple[float, float, float]
 
@@ -31,10 +31,10 @@ class KerasWeights:
     """An ImageNet weights file of keras.applications, as it stands in Keras's own sources."""
 
     path: str
-    """Under `KERAS_URL`. The last part is the file's name in Keras's cache."""
+    """Path under `KERAS_URL`. Its last part is also the name of the file in Keras's cache."""
 
     digest: str | None
-    """MD5 or SHA-256, in hex. Keras has none for MobileNetV2."""
+    """MD5 or SHA-256, in hex; None for MobileNetV2, for which Keras has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,34 +43,35 @@ class PackagedWeights:
 
     package: str
     path: str
-    """Under the package's directory."""
+    """Path under the package's directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """A published network, from scaled pixels to a map of features (B, h, w, F), or to features (B, F)."""
+    """A published network that turns scaled pixels into a map of features, (B, h, w, F), or into features, (B, F)."""
 
     build: Callable[[], keras.Model]
-    """A freshly initialised network for images of any size, in Keras's current dtype policy."""
+    """Builds a freshly initialised network for images of any size, in Keras's current dtype policy."""
 
     mean_rgb: RGB
-    """What is subtracted from pixels of 0 to 255 before they are divided by `std_rgb`."""
+    """What is subtracted from pixels of 0 to 255, channel by channel, before they are divided by `std_rgb`."""
 
     std_rgb: RGB
     weights: KerasWeights | PackagedWeights
 
     takes_bgr: bool = False
-    """Whether the published weights are for blue, green, red. Ours are for red, green, blue: see `load_weights`."""
+    """Whether the published weights expect the channels blue, green, red. `load_weights` reorders them to red, green,
+    blue."""
 
     def preprocess(self, pixels: Any) -> Any:
-        """Pixels of 0 to 255, scaled as the network wants them, in float32: bfloat16 would round them to 8 bits."""
+        """Scale pixels of 0 to 255 as the network expects, in float32: bfloat16 would round the result to 8 bits."""
         from keras import layers
 
         variance = [std**2 for std in self.std_rgb]
         return layers.Normalization(mean=list(self.mean_rgb), variance=variance, dtype="float32", name="scale")(pixels)
 
     def features(self, x: Any) -> Any:
-        """Scaled pixels to features, (B, F), through the network and a global average, with dropout in training."""
+        """Turn scaled pixels into features, (B, F): the network, a global average, and dropout in training."""
         from keras import layers
 
         x = _always_inferring(self.build())(x)
@@ -80,9 +81,9 @@ class Backbone:
 
 
 def _always_inferring(network: keras.Model) -> keras.Model:
-    """A new network, changed to do the same in training as in inference.
+    """Change a new network so that it computes the same in training as in inference.
 
-    `network(x, training=False)` would not do: Keras 3.15 passes `training=True` of the outer model on to every layer,
+    `network(x, training=False)` is not enough: Keras 3.15 passes `training=True` of the outer model on to every layer,
     nested models included. BatchNormalization infers whenever it is not trainable; dropout of rate 0 does nothing.
     """
     import keras
@@ -96,6 +97,8 @@ def _always_inferring(network: keras.Model) -> keras.Model:
 
 
 def _application(name: str, **arguments: Any) -> Callable[[], keras.Model]:
+    """A function that builds a network of keras.applications without its classifier."""
+
     def build() -> keras.Model:
         import keras
 
@@ -105,7 +108,7 @@ def _application(name: str, **arguments: Any) -> Callable[[], keras.Model]:
     return build
 
 
-# keras.applications' preprocessing "caffe", but for red, green, blue; "tf"; and "torch".
+# The constants of keras.applications' three preprocessing modes; those of "caffe" are in the order red, green, blue.
 _CAFFE_MEAN: Final = (123.68, 116.779, 103.939)
 _TORCH_MEAN: Final = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 _TORCH_STD: Final = (0.229 * 255, 0.224 * 255, 0.225 * 255)
@@ -116,7 +119,7 @@ _TF_HALF: Final = (127.5, 127.5, 127.5)
 def _efficientnet_lite(number: int, width: float, depth: float, digest: str) -> Backbone:
     return Backbone(
         build=lambda: efficientnet_lite.build(width, depth),
-        # Of github.com/tensorflow/tpu, models/official/efficientnet/lite/efficientnet_lite_builder.py.
+        # From github.com/tensorflow/tpu, models/official/efficientnet/lite/efficientnet_lite_builder.py.
         mean_rgb=(127.0, 127.0, 127.0),
         std_rgb=(128.0, 128.0, 128.0),
         weights=PackagedWeights(
@@ -166,7 +169,8 @@ BACKBONES: Final = {
         ),
     ),
     "convnext_tiny": Backbone(
-        # Published with its last LayerNormalization after the average, which keras.applications does with `pooling`.
+        # The published network averages before its last LayerNormalization, as keras.applications does only with
+        # `pooling`.
         build=_application("ConvNeXtTiny", include_preprocessing=False, pooling="avg"),
         mean_rgb=_TORCH_MEAN,
         std_rgb=_TORCH_STD,

@@ -1,12 +1,12 @@
 """EfficientNet-Lite 0 to 2, for the weights that were published for TensorFlow and converted for PyTorch.
 
-The network of github.com/tensorflow/tpu, models/official/efficientnet/lite: EfficientNet without squeeze-and-excite,
-with ReLU6 in swish's place, and the same stem and head at every scale. Keras's padding "same" is TensorFlow's, which
-the PyTorch port imitates.
+The network is that of github.com/tensorflow/tpu, models/official/efficientnet/lite: EfficientNet without
+squeeze-and-excite, with ReLU6 instead of swish, and with the same stem and head at every scale. Keras's padding "same"
+is TensorFlow's, which the PyTorch port imitates.
 
-Fine-tuning leaves a backbone's BatchNormalization in inference mode, where it is a scale and an offset per channel:
-here it is folded into the convolution before it (Jacob et al., CVPR 2018), which then has a bias. On a CPU in bfloat16
-the network computes four times as many images per second for it.
+Fine-tuning keeps the BatchNormalization of a backbone in inference mode, where it is a scale and an offset per channel.
+Here both are folded into the convolution before it (Jacob et al., CVPR 2018), which gets a bias. On a CPU in bfloat16
+the network then computes four times as many images per second.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BATCHNORM_EPSILON: Final = 1e-3
 
 
 class Stage(NamedTuple):
-    """Inverted residual blocks that follow each other; the first changes the stride and the number of channels."""
+    """Consecutive inverted residual blocks, of which the first changes the stride and the number of channels."""
 
     num_blocks: int
     kernel: int
@@ -49,14 +49,14 @@ STAGES: Final = (
 
 
 def build(width: float, depth: float) -> keras.Model:
-    """The network, freshly initialised, from pixels (B, H, W, 3), scaled, to features (B, H/32, W/32, 1280).
+    """Build the network, freshly initialised, from scaled pixels (B, H, W, 3) to features (B, H/32, W/32, 1280).
 
-    A layer's name is its module's in the PyTorch port, `_blocks.3._project_conv`, with the dots and leading underscores
-    made one: `blocks_3_project_conv`.
+    A layer's name follows from the name of its module in the PyTorch port: `_blocks.3._project_conv` becomes
+    `blocks_3_project_conv`.
 
     Args:
-        width: multiplies the blocks' channels.
-        depth: multiplies the stages' numbers of blocks, except the first's and the last's.
+        width: factor by which the blocks' numbers of channels are multiplied.
+        depth: factor by which the stages' numbers of blocks are multiplied, except in the first and the last stage.
     """
     import keras
     from keras import layers
@@ -87,7 +87,7 @@ def build(width: float, depth: float) -> keras.Model:
 
 
 def _scaled_channels(channels: int, width: float) -> int:
-    """The nearest multiple of 8, but at most 10 % less."""
+    """`channels * width`, rounded to the nearest multiple of 8, or up if that would be more than 10 % less."""
     scaled = max(8, int(channels * width + 4) // 8 * 8)
     return scaled + 8 if scaled < 0.9 * channels * width else scaled
 
@@ -99,17 +99,17 @@ _NORMALIZED_BY: Final = {
     "_project_conv": "_bn2",
     "_conv_head": "_bn1",
 }
-"""A convolution's name in the PyTorch port → that of the normalization behind it."""
+"""Name of a convolution in the PyTorch port → name of the normalization after it."""
 
 
 def keras_arrays(state: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-    """The PyTorch port's tensors, normalization folded in, by the paths of our variables (`conv_stem/bias`).
+    """Convert the PyTorch port's tensors, folding in normalization: path of a variable (`conv_stem/bias`) → its value.
 
-    The classifier (`_fc`) and BatchNorm's counts of batches have no counterpart, and are left out.
+    The classifier (`_fc`) and BatchNorm's counts of batches are left out: they have no counterpart here.
 
     Raises:
-        LookupError: a convolution lacks its normalization, or is none of this network's.
-        ValueError: a tensor is none of this network's, or has another shape than it should have.
+        LookupError: a convolution does not belong to this network, or its normalization is missing.
+        ValueError: a tensor does not belong to this network, or does not fit the others in shape.
     """
     arrays = {}
     unknown = {path for path in state if not path.startswith("_fc.") and not path.endswith(".num_batches_tracked")}
@@ -122,10 +122,10 @@ def keras_arrays(state: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[An
         unknown -= {path, *(norm + kind for kind in ("weight", "bias", "running_mean", "running_var"))}
         scale = state[norm + "weight"] / np.sqrt(state[norm + "running_var"] + BATCHNORM_EPSILON)
         layer = module.replace("._", "_").replace(".", "_").removeprefix("_")
-        # (out, in, H, W) to (H, W, in, out), but (H, W, in, 1) where each channel has its own kernel.
+        # (out, in, H, W) to (H, W, in, out), or to (H, W, in, 1) where each channel has its own kernel.
         axes = (2, 3, 0, 1) if name == "_depthwise_conv" else (2, 3, 1, 0)
         arrays[f"{layer}/kernel"] = np.transpose(weight * scale[:, None, None, None], axes)
         arrays[f"{layer}/bias"] = state[norm + "bias"] - state[norm + "running_mean"] * scale
     if unknown:
-        raise ValueError(f"{len(unknown)} weights too many: {min(unknown)}")
+        raise ValueError(f"{len(unknown)} unknown weights, the first: {min(unknown)}")
     return arrays

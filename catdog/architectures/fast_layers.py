@@ -1,9 +1,10 @@
-"""Keras layers as faster TensorFlow operations, where a model is trained or computed; Keras's own in what is saved.
+"""Faster versions of two Keras layers, for training and inference. A saved model has Keras's own layers instead.
 
-Keras 3 composes batch normalization from means, variances and products in float32: on a CPU in bfloat16 the fused
-operation took a sixth of the time, forwards and backwards with the ReLU after it, for 64 maps of 48 x 48 x 64. Of a
-depthwise convolution, TensorFlow's own gradients take most of the time of a network like MobileNet in bfloat16; those
-here made EfficientNet-Lite0 train 1.8 times as fast.
+Keras 3 composes batch normalization from means, variances and products in float32. TensorFlow's fused operation takes a
+sixth of the time: on a CPU in bfloat16, forwards and backwards with the ReLU after it, for 64 maps of 48 x 48 x 64.
+
+TensorFlow's own gradients of depthwise convolutions take most of the time of a network like MobileNet in bfloat16. With
+the gradients of this module, EfficientNet-Lite0 trains 1.8 times as fast.
 """
 
 from __future__ import annotations
@@ -20,25 +21,25 @@ if TYPE_CHECKING:
 
 
 def batch_normalization(**arguments: Any) -> keras.layers.BatchNormalization:
-    """A layer with the arguments, the variables and the results of `keras.layers.BatchNormalization`."""
-    return _kinds()[0](**arguments)
+    """A faster layer with the arguments, the variables and the results of `keras.layers.BatchNormalization`."""
+    return _fast_classes()[0](**arguments)
 
 
 def depthwise_convolution(kernel_size: int, **arguments: Any) -> keras.layers.DepthwiseConv2D:
-    """A layer with the arguments, the variables and the results of `keras.layers.DepthwiseConv2D`, padded "same"."""
-    return _kinds()[1](kernel_size, padding="same", **arguments)
+    """A faster layer with the arguments, variables and results of `keras.layers.DepthwiseConv2D`, padded "same"."""
+    return _fast_classes()[1](kernel_size, padding="same", **arguments)
 
 
 def with_stock_layers(model: keras.Model) -> keras.Model:
-    """A copy of `model` in float32, with Keras's own layer in every fast one's place.
+    """A copy of `model` in float32, in which Keras's own layers replace the fast ones.
 
-    Its kernels are rounded to float16, which halves the compressed file; bfloat16 arithmetic rounds them further.
+    Its kernels are rounded to float16, which halves the compressed file. Arithmetic in bfloat16 rounds them further.
     """
     import keras
 
     def copy(layer: Any) -> Any:
         kind = type(layer)
-        if isinstance(layer, _kinds()):
+        if isinstance(layer, _fast_classes()):
             kind = kind.__bases__[0]
         return kind.from_config({**layer.get_config(), "dtype": "float32"})
 
@@ -48,7 +49,10 @@ def with_stock_layers(model: keras.Model) -> keras.Model:
 
 
 def in_bfloat16(model: keras.Model) -> keras.Model:
-    """A copy of a saved model, weights included, that computes feature maps in bfloat16, and the rest in float32."""
+    """A copy of a saved model, with its weights, that computes feature maps in bfloat16 and everything else in float32.
+
+    Its batch normalization is the fast one.
+    """
     import keras
     from keras import layers
 
@@ -66,7 +70,7 @@ def in_bfloat16(model: keras.Model) -> keras.Model:
     def copy(layer: Any) -> Any:
         if not isinstance(layer, layers.Layer):  # an operation, such as keras.ops.flip
             return layer
-        kind = _kinds()[0] if type(layer) is layers.BatchNormalization else type(layer)
+        kind = _fast_classes()[0] if type(layer) is layers.BatchNormalization else type(layer)
         is_of_maps = isinstance(layer, of_maps) and len(layer.output.shape) == 4
         return kind.from_config({**layer.get_config(), "dtype": "mixed_bfloat16" if is_of_maps else "float32"})
 
@@ -76,16 +80,18 @@ def in_bfloat16(model: keras.Model) -> keras.Model:
 
 
 def _rounded(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A kernel rounded to float16; any other weight as it is."""
     return weight.astype(np.float16).astype(weight.dtype) if weight.ndim > 1 else weight
 
 
 @functools.cache
-def _kinds() -> tuple[Any, Any]:
+def _fast_classes() -> tuple[Any, Any]:
+    """The two layer classes. They are defined in a function because that imports Keras and TensorFlow."""
     import keras
     import tensorflow as tf
 
     class FusedBatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
-        """Of images, (B, H, W, channels); in training, of this replica's own."""
+        """Normalizes images, (B, H, W, channels); in training with the statistics of this replica's own images."""
 
         def call(self, inputs: tf.Tensor, training: bool | None = None, mask: None = None) -> tf.Tensor:
             del mask  # images have none
@@ -106,7 +112,7 @@ def _kinds() -> tuple[Any, Any]:
             return outputs
 
     class FastDepthwiseConv2D(keras.layers.DepthwiseConv2D):  # type: ignore[misc]
-        """Of images, (B, H, W, channels)."""
+        """Convolves images, (B, H, W, channels), with the gradients of this module."""
 
         def call(self, inputs: tf.Tensor) -> tf.Tensor:
             outputs = _depthwise(inputs, tf.cast(self.kernel, inputs.dtype), self.strides[0])
@@ -116,6 +122,7 @@ def _kinds() -> tuple[Any, Any]:
 
 
 def _depthwise(images: tf.Tensor, kernel: tf.Tensor, stride: int) -> tf.Tensor:
+    """A depthwise convolution with padding "SAME", whose gradients are those of this module."""
     import tensorflow as tf
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
@@ -130,7 +137,7 @@ def _depthwise(images: tf.Tensor, kernel: tf.Tensor, stride: int) -> tf.Tensor:
 
 
 def _same_paddings(shape: tf.Tensor, upstream: tf.Tensor, size: int, stride: int) -> list[tuple[tf.Tensor, tf.Tensor]]:
-    """By how many pixels "SAME" pads the images, of `shape`: before and behind, for their height and their width."""
+    """By how many pixels "SAME" pads images of `shape`: (before, after) for their height and for their width."""
     import tensorflow as tf
 
     paddings = []
@@ -141,9 +148,10 @@ def _same_paddings(shape: tf.Tensor, upstream: tf.Tensor, size: int, stride: int
 
 
 def _gradient_for_images(shape: tf.Tensor, upstream: tf.Tensor, kernel: tf.Tensor, stride: int) -> tf.Tensor:
-    """Of a depthwise convolution: another one, with the kernel turned about, and as fast.
+    """The gradient of a depthwise convolution with respect to its images.
 
-    It is of the gradient from upstream with `stride - 1` zeros behind each of its pixels.
+    It is computed as fast as the convolution: by another one, with the kernel turned by 180 degrees, of the upstream
+    gradient with `stride - 1` zeros after each of its pixels.
     """
     import tensorflow as tf
 
@@ -153,7 +161,7 @@ def _gradient_for_images(shape: tf.Tensor, upstream: tf.Tensor, kernel: tf.Tenso
     for (before, _), length, outputs in zip(
         _same_paddings(shape, upstream, size, stride), (shape[1], shape[2]), (height, width), strict=True
     ):
-        # Where a stride leaves the last pixels unseen, the zeros behind the last one reach too far: cut off below.
+        # Where the stride skips the last pixels of an image, the zeros at the end are too many: they are cut off below.
         paddings.append([size - 1 - before, tf.maximum(length + before - outputs * stride, 0)])
     if stride > 1:
         spread = tf.reshape(upstream, [batch, height, 1, width, 1, channels])
@@ -164,7 +172,10 @@ def _gradient_for_images(shape: tf.Tensor, upstream: tf.Tensor, kernel: tf.Tenso
 
 
 def _gradient_for_kernel(images: tf.Tensor, upstream: tf.Tensor, kernel_shape: Any, stride: int) -> tf.Tensor:
-    """Of a depthwise convolution. Only for 3 x 3 is TensorFlow's own fast: 5 x 5 is put together from four of them."""
+    """The gradient of a depthwise convolution with respect to its kernel.
+
+    TensorFlow's own operation is fast only for 3 x 3. A gradient of 5 x 5 is put together from four of 3 x 3.
+    """
     import tensorflow as tf
 
     def of_size(size: int, images: tf.Tensor, padding: str) -> tf.Tensor:

@@ -1,4 +1,4 @@
-"""Keras models from architectures, and their parts."""
+"""Building an architecture's Keras model, and finding the parts of a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def build_model(name: str, image_size: int) -> keras.Model:
         image_size: pixels per side, `S`. An architecture without `fixed_size` also takes other sizes.
 
     Returns:
-        Model from pixels (B, S, S, 3), 0 to 255, to `prob_dog`, float32 (B, 1).
+        A model from pixels (B, S, S, 3), 0 to 255, to `prob_dog`, float32 (B, 1).
     """
     import keras
 
@@ -49,9 +49,9 @@ def logits_model(model: keras.Model) -> keras.Model:
 
 
 def exported(model: keras.Model, name: str) -> keras.Model:
-    """A copy of what `build_model(name, ...)` made, as a bundle keeps it: of Keras's own layers alone.
+    """A copy of a model that `build_model(name, ...)` made, as a bundle holds it: with Keras's own layers only.
 
-    Where the recipe says so, its logits are the mean of those of an image and of its mirror image.
+    If the recipe has `mirror`, the logit of an image is the mean of the logits of the image and its mirror image.
     """
     import keras
 
@@ -69,13 +69,16 @@ def exported(model: keras.Model, name: str) -> keras.Model:
 def backbone_layer(model: keras.Model) -> keras.Model | None:
     """The published network within `model`, or None where there is none.
 
-    To freeze it, leave `backbone_variables` out of what is trained. Setting its `trainable` to True would also make its
-    BatchNormalization trainable, and so learn from each batch's statistics.
+    To freeze it, leave `backbone_variables` out of what is trained. Do not set its `trainable`: to set that to True
+    would also make its BatchNormalization trainable, which would then learn from the statistics of each batch.
     """
     return next((layer for layer in model.layers if layer.name == BACKBONE_LAYER), None)
 
 
 def backbone_variables(model: keras.Model) -> list[Any]:
-    """What fine-tuning changes in the backbone of `model`: all but BatchNormalization's. Empty where there is none."""
+    """The variables in the backbone of `model` that fine-tuning changes: all except BatchNormalization's.
+
+    The list is empty where there is no backbone.
+    """
     backbone = backbone_layer(model)
     return [] if backbone is None else list(backbone.trainable_variables)

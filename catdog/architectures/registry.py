@@ -1,4 +1,4 @@
-"""Which architectures there are, and the recipe that each is trained with."""
+"""The architectures, and the recipe that each is trained with."""
 
 from __future__ import annotations
 
@@ -16,68 +16,69 @@ class Recipe:
     """How an architecture is trained unless the command line says otherwise."""
 
     image_size: int
-    """Pixels per side that the bundle's model is fed, in validation and inference."""
+    """Pixels per side of the images that the model takes in validation and inference."""
 
     crop_scales: tuple[float, ...] = (1.0,)
-    """Sides of the training crops as shares of `image_size`, each for its part of the epochs. Random crops make objects
-    look larger than whole pictures do; training smaller than testing evens that out (Touvron et al. 2019, "Fixing the
-    train-test resolution discrepancy"). Beginning smaller still is faster."""
+    """Sides of the training crops as shares of `image_size`. The epochs are divided evenly among them, in order. Random
+    crops make objects look larger than whole pictures do; smaller crops in training even that out (Touvron et al. 2019,
+    "Fixing the train-test resolution discrepancy"). To begin with still smaller ones is faster."""
 
     min_area: float
-    """Smallest share of the picture's area that a random training crop shows."""
+    """Lower bound of the share of the picture's area that a random training crop shows."""
 
     rotation_deg: float
-    """Largest random rotation, either way, in degrees."""
+    """Largest random rotation in degrees, to either side."""
 
     epochs: int
     batch_size: int
-    """Images per optimizer step, over all workers."""
+    """Images per optimizer step, of all workers together."""
 
     learning_rate: float
-    """Adam's peak rate."""
+    """Peak of AdamW's learning rate."""
 
     weight_decay: float
-    """Decoupled (AdamW), on kernels only."""
+    """AdamW's decoupled weight decay, which applies to kernels only."""
 
     label_smoothing: float = 0.0
 
     cutmix_area: float = 0.0
-    """Largest share of a training image that a patch of another one covers; 0 for none."""
+    """Largest share of a training image that a patch from another image covers; 0 for no patches."""
 
     average_decay: float = 0.998
-    """Of the running average of the weights, per step: its memory is 1 / (1 - decay) steps long."""
+    """Decay per step of the running average of the weights, which remembers 1 / (1 - decay) steps."""
 
     mirror: bool = False
-    """Let the saved model average the logits of each image and its mirror image, at twice the cost."""
+    """Whether the saved model averages the logits of each image and its mirror image, at twice the cost."""
 
     head_epochs: int = 0
-    """Epochs, of all, in which a pretrained backbone is frozen and only the head learns."""
+    """How many of the epochs, the first ones, train only the head. The gradients of a new head would harm a pretrained
+    backbone, which is frozen until then."""
 
     head_learning_rate: float = 1e-3
-    """Adam's rate in those epochs. A new head's first gradients would harm a pretrained backbone."""
+    """AdamW's learning rate in the `head_epochs`."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A named model body and its recipe."""
+    """A network, without its last layer, and its recipe."""
 
     name: str
     build_features: Callable[[Any], Any]
-    """Symbolic pixels, scaled to -1..1 or as the backbone wants them, (B, H, W, 3), to features, (B, F)."""
+    """Turns symbolic pixels, (B, H, W, 3), scaled to -1..1 or as the backbone expects, into features, (B, F)."""
 
     fixed_size: bool
-    """Whether the weights' shapes depend on the image size."""
+    """Whether the shapes of the weights depend on the image size."""
 
     recipe: Recipe
     backbone: Backbone | None = None
-    """The published network within, which pretrained weights can be put into."""
+    """The published network that the architecture contains; None if it is trained from scratch."""
 
     min_image_size: int = 32
-    """Pixels per side below which no pixel is left to the last layers."""
+    """Smallest image size, in pixels per side. A smaller image would leave no pixel for the last layers."""
 
     @property
     def has_backbone(self) -> bool:
-        """Whether there are pretrained weights for it."""
+        """Whether there are pretrained weights for the architecture."""
         return self.backbone is not None
 
 
@@ -150,7 +151,7 @@ ARCHITECTURES: Final = {
 
 
 def architecture(name: str) -> Architecture:
-    """Look an architecture up. Raises `UsageError` for an unknown name."""
+    """The architecture of that name. Raises `UsageError` for an unknown name."""
     try:
         return ARCHITECTURES[name]
     except KeyError:

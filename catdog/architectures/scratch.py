@@ -1,4 +1,4 @@
-"""The networks that are trained from scratch: symbolic pixels, scaled to -1..1, to features, (B, F)."""
+"""The networks that are trained from scratch. Each turns symbolic pixels, scaled to -1..1, into features, (B, F)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import Any, Final
 from catdog.architectures import fast_layers
 
 BATCHNORM_MOMENTUM: Final = 0.9
-"""Keras's default of 0.99 takes hundreds of steps to forget the initial statistics; an epoch here has about 125."""
+"""Keras's default, 0.99, takes hundreds of steps to forget the initial statistics. An epoch has about 125 steps: 16,000
+images in batches of 128."""
 
 
 def cnn_features(x: Any) -> Any:
     """Four Conv2D/MaxPooling blocks, Flatten and Dense.
 
-    BatchNormalization comes after the pooling: a quarter of the pixels to normalise, and twice the images per second of
-    the usual order on a CPU in bfloat16.
+    BatchNormalization comes after the pooling, which leaves it a quarter of the pixels. On a CPU in bfloat16, the
+    network computes twice as many images per second as with the usual order.
     """
     from keras import layers
 
@@ -29,7 +30,7 @@ def cnn_features(x: Any) -> Any:
 
 
 def resnet_features(x: Any) -> Any:
-    """A stem with stride 2; three stages of a convolution, max-pooling and residual pairs; a global average."""
+    """A stem with stride 2; three stages, each of a convolution, max-pooling and residual pairs; a global average."""
     from keras import layers
 
     def convolution(x: Any, channels: int, *, strides: int = 1, pool: bool = False) -> Any:

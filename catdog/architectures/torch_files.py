@@ -1,8 +1,9 @@
-"""PyTorch's `.pth` state dicts, read without PyTorch and without running anything that they hold.
+"""Reading PyTorch's `.pth` state dicts without PyTorch, and without running anything that they hold.
 
-A `.pth` is a pickle, and unpickling calls whatever the file names. A state dict needs three kinds of names, which are
-answered here with plain data; any other is refused. Two layouts are in use: a zip archive (PyTorch 1.6 and later), and
-before that pickles one after the other, then the storages.
+A `.pth` file is a pickle, and unpickling usually calls whatever the file names. A state dict needs only three kinds of
+names: its container, its tensors and their storages. For these the unpickler here makes plain data; it refuses any
+other name. There are two layouts: a zip archive (PyTorch 1.6 and later), and before that several pickles followed by
+the storages.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
 """torch.serialization.MAGIC_NUMBER."""
 
 LEGACY_PROTOCOL: Final = 1001
+"""torch.serialization.PROTOCOL_VERSION."""
 
 DTYPES: Final[dict[str, np.dtype[Any]]] = {"torch.FloatStorage": np.dtype("<f4"), "torch.LongStorage": np.dtype("<i8")}
-"""The storages of a state dict: weights, and BatchNorm's counts of batches."""
+"""Type of a storage → dtype. A state dict has floats for weights and integers for BatchNorm's counts of batches."""
 
 _DAMAGED: Final = (
     pickle.UnpicklingError,
@@ -45,7 +47,7 @@ _DAMAGED: Final = (
     TypeError,
     ValueError,
 )
-"""What reading bytes that are no pickle or zip archive, or damaged ones, is documented to raise."""
+"""The exceptions that are documented for reading bytes that are no pickle or zip archive, or a damaged one."""
 
 
 class _ForbiddenError(Exception):
@@ -54,6 +56,8 @@ class _ForbiddenError(Exception):
 
 @dataclass(frozen=True)
 class _Storage:
+    """A named block of bytes in the file, of which tensors are views."""
+
     key: str
     dtype: np.dtype[Any]
     num_elements: int
@@ -61,7 +65,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A view on a storage, offsets and strides in elements."""
+    """A view of a storage. The offset and the strides count elements."""
 
     storage: _Storage
     offset: int
@@ -69,7 +73,7 @@ class _Tensor:
     strides: tuple[int, ...]
 
     def array(self, data: bytes) -> npt.NDArray[Any]:
-        """The view on `data`, the storage's bytes, without a copy."""
+        """The tensor as a view of `data`, the bytes of its storage."""
         if len(data) != self.storage.num_elements * self.storage.dtype.itemsize:
             raise ValueError(f"storage {self.storage.key} has {len(data)} bytes")
         sizes = (self.offset, *self.shape, *self.strides)
@@ -89,15 +93,16 @@ class _Tensor:
 
 
 class _Unpickler(pickle._Unpickler):
-    """Makes `_Tensor`s, in ordered dicts, of numbers and strings; nothing else.
+    """Unpickles numbers, strings, `_Tensor`s and ordered dicts of them, and nothing else.
 
-    The one written in Python: that in C allocates as much memory as a damaged index of its memo says.
+    Its base class is the unpickler written in Python. The one in C allocates as much memory as a damaged index into its
+    memo asks for.
     """
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
 
-        # A new function for each file: a pickle may also set attributes of what it is given.
+        # Each file gets a new function, because a pickle may also set attributes of the objects that it is given.
         def rebuild(storage: _Storage, offset: int, shape: Any, strides: Any, *_: Any) -> _Tensor:
             return _Tensor(storage, offset, shape, strides)
 
@@ -114,7 +119,10 @@ class _Unpickler(pickle._Unpickler):
         return self._names[full_name]
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """A storage is named by ("storage", type, key, device, number of elements), and None in the old layout."""
+        """The storage that a persistent id names.
+
+        The id is ("storage", type, key, device, number of elements), in the old layout with None at its end.
+        """
         kind, storage_type, key, _, num_elements = pid[:5]
         if kind != "storage" or not isinstance(key, str) or type(num_elements) is not int or any(pid[5:]):
             raise ValueError(f"persistent id {pid!r}")
@@ -125,8 +133,8 @@ def read_state_dict(data: bytes) -> dict[str, npt.NDArray[Any]]:
     """The tensors of a `.pth` file by name, float32 or int64, read-only, in PyTorch's axis order.
 
     Raises:
-        UsageError: the file is damaged or no state dict, or it names something that a state dict does not need, which
-            a program that unpickles it would import and call.
+        UsageError: the file is damaged, is no state dict, or names something that a state dict does not need. A program
+            that unpickled such a file would import and call what it names.
     """
     try:
         tensors, read_storage = (_read_zip if data.startswith(b"PK\x03\x04") else _read_legacy)(data)
@@ -139,13 +147,14 @@ def read_state_dict(data: bytes) -> dict[str, npt.NDArray[Any]]:
             arrays[name] = tensor.array(read_storage(tensor.storage.key))
     except _ForbiddenError as error:
         raise UsageError(
-            f"a .pth file must hold a state dict: float32 or int64 tensors in an OrderedDict. Received: {error} in it"
+            "a .pth file must hold a state dict: float32 or int64 tensors in an OrderedDict. "
+            f"Received: one that names {error}"
         ) from error
     except _DAMAGED as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UsageError(
             "a .pth file must hold a state dict, as PyTorch's torch.save writes it. "
-            f"Received: {len(data)} bytes that are none ({reason})"
+            f"Received: {len(data)} bytes that hold none ({reason})"
         ) from error
     return arrays
 
@@ -156,6 +165,7 @@ def is_torch_file(data: bytes) -> bool:
 
 
 def _read_zip(data: bytes) -> tuple[Any, Callable[[str], bytes]]:
+    """The unpickled object, and a function from the key of a storage to its bytes."""
     archive = zipfile.ZipFile(io.BytesIO(data))
     (pickled,) = (name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl"))
     folder = pickled.removesuffix("data.pkl")
@@ -165,6 +175,7 @@ def _read_zip(data: bytes) -> tuple[Any, Callable[[str], bytes]]:
 
 
 def _read_legacy(data: bytes) -> tuple[Any, Callable[[str], bytes]]:
+    """As `_read_zip`, for the layout before PyTorch 1.6."""
     file = io.BytesIO(data)
     magic, protocol, system = (_Unpickler(file).load() for _ in range(3))
     if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL or not system["little_endian"]:

@@ -1,6 +1,6 @@
-"""What training does on this machine: how fast it is, and how it takes to having its workers killed."""
+"""How fast training is on this machine, and whether it withstands the killing of its workers."""
 
-from catdog.bench.chaos import bench_chaos
-from catdog.bench.train import bench_train
+from catdog.bench.chaos import BenchChaosRecord, bench_chaos
+from catdog.bench.train import BenchTrainRecord, bench_train
 
-__all__ = ["bench_chaos", "bench_train"]
+__all__ = ["BenchChaosRecord", "BenchTrainRecord", "bench_chaos", "bench_train"]

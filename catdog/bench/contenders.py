@@ -1,10 +1,10 @@
 """What `catdog bench train` compares, in processes of their own: `python -m catdog.bench.contenders SETTINGS RESULT`.
 
-`SETTINGS` is JSON, `RESULT` the file that gets a row per epoch. All train the same network on the same images with
-batches of the same size.
+`SETTINGS` is JSON, and `RESULT` the file that gets a row per epoch. All train the same network on the same images with
+batches of the same size, on the CPU.
 
 - `ray_train`: `catdog train`, on an embedded Ray. Its seconds are those of `history.csv`, input and computing: neither
-  validation nor checkpoints are in them.
+  validation nor checkpoints count.
 - `bare`: the same steps on the same batches without Ray, in one of a group of processes. Each has its batches ready in
   memory: there is no input to wait for.
 - `tutorial`: the network in Keras's own layers and float32, trained on folders of JPEG files as in
@@ -28,26 +28,25 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from catdog import architectures, storage
+from catdog import architectures, hardware, storage
 from catdog.architectures import fast_layers
 from catdog.bench.processes import Epoch, Settings
 from catdog.config import TrainConfig
 from catdog.dataset import reading
+from catdog.training import ResolvedTrainConfig, resolve
 
 if TYPE_CHECKING:
     import tensorflow as tf
 
 
-def train_config(settings: Settings) -> TrainConfig:
-    """What `ray_train` and `bare` train, with no field left to the recipe."""
-    from catdog.training.trainer import resolve
-
+def train_config(settings: Settings) -> ResolvedTrainConfig:
+    """What `ray_train` and `bare` train."""
     names = ("data", "output", "arch", "epochs", "batch_size", "image_size", "num_workers")
     return resolve(TrainConfig(weights="none", **{name: settings[name] for name in names}))
 
 
 def ray_train(settings: Settings) -> list[Epoch]:
-    """The rows of a training's history."""
+    """Train with `catdog train`."""
     from catdog.training import train
 
     config = train_config(settings)
@@ -66,13 +65,10 @@ def ray_train(settings: Settings) -> list[Epoch]:
 
 
 def bare(settings: Settings) -> list[Epoch]:
-    """What a worker of Ray Train computes, in a loop of a few lines."""
+    """Train with the steps of a worker of Ray Train, in a loop of a few lines."""
     task = {"type": "worker", "index": settings["rank"]}
     os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": settings["addresses"]}, "task": task})
-    import tensorflow as tf
-
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
+    hardware.configure_tensorflow(num_threads=1, num_parallel=1, use_gpu=False)
     from catdog.training import decoding, feed
     from catdog.training.schedule import crop_size
     from catdog.training.step import Learner, resolve_precision
@@ -104,7 +100,9 @@ def bare(settings: Settings) -> list[Epoch]:
 
 
 def tutorial(settings: Settings) -> list[Epoch]:
-    """`image_dataset_from_directory`, augmentation in the input pipeline, and `model.fit`."""
+    """Train as the tutorial does: `image_dataset_from_directory`, augmentation in the input pipeline, `model.fit`."""
+    num_cores = hardware.num_cores()
+    hardware.configure_tensorflow(num_threads=num_cores, num_parallel=num_cores, use_gpu=False)
     import keras
     import tensorflow as tf
     from keras import layers
@@ -156,14 +154,14 @@ CONTENDERS: Final[dict[str, Callable[[Settings], list[Epoch]]]] = {
 
 
 def _num_steps(settings: Settings) -> int:
-    """Per epoch. The images are a multiple of the batch."""
+    """Steps per epoch. The number of images is a multiple of the batch size."""
     return reading.load_info(settings["data"]).num_images("train") // int(settings["batch_size"])
 
 
 def main(argv: Sequence[str]) -> None:
     """Run one contender."""
     settings = json.loads(argv[0])
-    if settings["contender"] == "ray_train":  # what it started ends with it; the others may be busy outside Python
+    if settings["contender"] == "ray_train":  # Ray's processes end with it; the others may be busy outside Python
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     Path(argv[1]).write_text(json.dumps(CONTENDERS[settings["contender"]](settings)))
 

@@ -1,4 +1,4 @@
-"""Contenders as processes of their own: each has its own libraries, threads and Ray, and the cores to itself."""
+"""Runs contenders as processes of their own: each has its own libraries, threads and Ray."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from catdog.errors import TrainingError
 
 Settings = dict[str, Any]
 Epoch = dict[str, float]
-"""What a contender says of one epoch: `num_images`, `seconds`, `input_s` of those, and `train_loss`."""
+"""What a contender says of one epoch: `num_images`; `seconds`; `input_s`, the seconds of waiting for images among
+them; `train_loss`."""
 
 POLL_S: Final = 0.2
 STOP_TIMEOUT_S: Final = 30
 
 
 def run(settings: Sequence[Settings], scratch: str) -> list[list[Epoch]]:
-    """Run contenders side by side, to their ends; the epochs of each.
+    """Run contenders side by side until all have ended. Returns the epochs of each.
 
     Args:
         settings: of each contender.
@@ -33,7 +34,7 @@ def run(settings: Sequence[Settings], scratch: str) -> list[list[Epoch]]:
     Raises:
         TrainingError: one failed; the others have been ended.
     """
-    # On this machine, whatever cluster there is.
+    # The contenders run on this machine, also where there is a cluster.
     environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "TF_CONFIG")}
     results = [Path(scratch, f"result-{index}.json") for index in range(len(settings))]
     with contextlib.ExitStack() as stack:
@@ -42,7 +43,7 @@ def run(settings: Sequence[Settings], scratch: str) -> list[list[Epoch]]:
             log = stack.enter_context(open(result.with_suffix(".log"), "w+b"))
             command = [sys.executable, "-m", "catdog.bench.contenders", json.dumps(each), str(result)]
             started.append((stack.enter_context(_running(command, environment, log)), log))
-        # One that fails leaves the others waiting for it.
+        # Where one fails, the others wait for it, and must be ended.
         while any(process.poll() is None for process, _ in started):
             time.sleep(POLL_S)
             for (process, log), each in zip(started, settings, strict=True):
@@ -56,7 +57,7 @@ def run(settings: Sequence[Settings], scratch: str) -> list[list[Epoch]]:
 
 @contextlib.contextmanager
 def _running(command: list[str], environment: dict[str, str], log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that has ended when the block is left."""
+    """Start a process, and end it when the block is left."""
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
         yield process
@@ -75,7 +76,7 @@ def _tail(log: IO[bytes]) -> str:
 
 
 def free_ports(num: int) -> list[int]:
-    """Ports on which nobody listens."""
+    """Ports of this machine on which nobody listens."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(num)]
         for each in sockets:

@@ -12,19 +12,20 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from catdog import __version__, storage
+from catdog import hardware, provenance, storage
 from catdog.bench import processes, subset
 from catdog.bench.processes import Epoch, Settings
-from catdog.config import BenchTrainConfig, TrainConfig, to_dict
+from catdog.config import BenchTrainConfig, TrainConfig
 from catdog.dataset import reading
 from catdog.errors import UsageError
-from catdog.training import schedule
-from catdog.training.trainer import resolve
+from catdog.provenance import Host
+from catdog.records import Record, plural
+from catdog.training import resolve
 
 logger = logging.getLogger(__name__)
 
@@ -39,27 +40,99 @@ NUM_TUTORIAL_EPOCHS: Final = 2
 NUM_VAL_IMAGES: Final = 256
 """`catdog train` validates after every epoch; that is not measured."""
 
-_LIBRARIES: Final = ("keras", "numpy", "ray", "tensorflow")
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A ratio, over the rounds."""
+
+    median: float
+    min: float
+    max: float
+    target: float
+
+    def __str__(self) -> str:
+        """`98.7 % (97.5 to 99.1)`."""
+        return f"{100 * self.median:.1f} % ({100 * self.min:.1f} to {100 * self.max:.1f})"
 
 
-def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What a contender did in a round, its first epoch left out."""
+
+    images_per_s: float
+    input_share: float
+    """Share of its seconds in which the workers waited for images."""
+
+    epochs: list[list[Epoch]]
+    """Of each of its processes, all epochs."""
+
+
+Round = Mapping[str, Measurement]
+"""By the contenders' names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchTrainRecord(Record):
+    """What `bench.json` holds.
+
+    Its figures:
+
+    - `tutorial_speedup`: images per second on Ray Train as a multiple of those of the Keras tutorial, with or without
+      XLA, whichever is faster in that round. The tutorial decodes its images in every epoch; ours are decoded once,
+      before.
+    - `tutorial_speedup_streamed`: the same where ours are decoded in every epoch, too.
+    - `ray_efficiency`: images per second on Ray Train as a share of those of bare processes.
+    - `scaling_efficiency`: images per second of all workers as a share of as many times those of one worker, which
+      trains with the same images per step and worker, and has as many steps in an epoch.
+    - `sharing_efficiency`: images per second of all workers as a share of those of as many bare processes side by side,
+      each of which trains a model of its own. They share caches, memory and clock as our workers do, but no gradients.
+    - `input_share_in_memory`, `input_share_streamed`: the share of the time in which workers wait for images, which are
+      held in the object store, or decoded anew in every epoch on the cores that train.
+    """
+
+    command: str = "bench train"
+    output: str
+    arch: str
+    figures: dict[str, Figure]
+    rounds: list[dict[str, Measurement]]
+    num_workers: int
+    host: Host
+    load_average: float
+    """Of the machine's last minute before the start."""
+
+    image_size: int
+    num_images: int
+    """Per epoch."""
+
+    config: dict[str, Any]
+    versions: dict[str, str]
+    duration_s: float
+
+    def summary(self) -> list[str]:
+        """Every figure with its range over the rounds and its target."""
+        figures, workers = self.figures, plural(self.num_workers, "worker")
+        goals = {name: f"{100 * figure.target:g} %" for name, figure in figures.items()}
+        return [
+            f"Trained {self.arch} at {self.image_size} px on {self.num_images:,} images, "
+            f"{len(self.rounds)} times with every contender, in {self.duration_s:,.0f} s.",
+            "Images per second:",
+            f"  Keras tutorial  {figures['tutorial_speedup']} of its (goal: at least {goals['tutorial_speedup']})",
+            f"    both decoding {figures['tutorial_speedup_streamed']} of its "
+            f"(goal: at least {goals['tutorial_speedup_streamed']})",
+            f"  bare processes  {figures['ray_efficiency']} of theirs (goal: at least {goals['ray_efficiency']})",
+            f"  one worker      {figures['scaling_efficiency']} of its with each of {workers} "
+            f"(goal: at least {goals['scaling_efficiency']})",
+            f"  side by side    {figures['sharing_efficiency']} of those of {workers} that share nothing "
+            f"(goal: at least {goals['sharing_efficiency']})",
+            "Share of the time in which workers wait for images:",
+            f"  in memory       {figures['input_share_in_memory']} (goal: below {goals['input_share_in_memory']})",
+            f"  streamed        {figures['input_share_streamed']} (goal: below {goals['input_share_streamed']})",
+            f"Bench: {self.output}",
+        ]
+
+
+def bench_train(config: BenchTrainConfig) -> BenchTrainRecord:
     """Measure, and write `bench.json`.
-
-    Returns:
-        What `bench.json` holds: in `figures`, by name, the median, minimum and maximum over the rounds and the target
-        of each; in `rounds`, every contender's `images_per_s` and `input_share`, the part of its seconds in which the
-        workers waited for images. The figures:
-
-        - `tutorial_speedup`: our seconds per epoch in those of the Keras tutorial, with or without XLA, whichever is
-          faster in that round. It decodes its images in every epoch; ours are decoded once, before.
-        - `tutorial_speedup_streamed`: the same where ours are decoded in every epoch, too.
-        - `ray_efficiency`: images per second on Ray Train as a share of those of bare processes.
-        - `scaling_efficiency`: images per second of all workers as a share of as many times those of one, which trains
-          with the same images per step and worker, and has as many steps in an epoch.
-        - `sharing_efficiency`: the same as a share of those of as many bare processes side by side that train each for
-          itself. They share caches, memory and clock as our workers do, but no gradients.
-        - `input_share_in_memory`, `input_share_streamed`: with the images held in the object store, and decoded anew
-          every epoch on the cores that train.
 
     Raises:
         UsageError: the dataset has too few JPEG files, or the output holds something else.
@@ -68,7 +141,7 @@ def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
     started = time.monotonic()
     output = storage.absolute(config.output)
     storage.refuse_foreign_output(output, (RECORD_NAME,), says={"command": "bench train"})
-    num_workers = config.num_workers or os.cpu_count() or 1
+    num_workers = config.num_workers or hardware.num_cores()
     batch_size = config.batch_size * num_workers
     training = resolve(
         TrainConfig(
@@ -81,19 +154,19 @@ def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
             num_workers=num_workers,
         )
     )
-    image_size = schedule.resolved(training.image_size)
+    image_size = training.image_size
     num_steps = config.num_images // batch_size
     if num_steps == 0:
         raise UsageError(
             f"--num-images must be at least one batch of {num_workers} workers, {batch_size}. "
             f"Received: --num-images={config.num_images}"
         )
-    rounds: list[dict[str, Any]] = []
+    rounds: list[dict[str, Measurement]] = []
     load_average = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="catdog-bench-") as scratch:
         trials = _trials(config, scratch, num_workers, image_size, num_steps)
         for number in range(config.num_rounds):
-            measured = {}
+            measured: dict[str, Measurement] = {}
             for name in list(trials)[:: -1 if number % 2 else 1]:
                 measured[name] = _measure(trials[name], tempfile.mkdtemp(dir=scratch))
                 logger.info(
@@ -101,33 +174,31 @@ def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
                     number + 1,
                     config.num_rounds,
                     name,
-                    measured[name]["images_per_s"],
+                    measured[name].images_per_s,
                 )
             rounds.append({name: measured[name] for name in trials})
-    record = {
-        "command": "bench train",
-        "output": output,
-        "arch": ARCH,
-        "figures": figures(rounds, num_workers),
-        "rounds": rounds,
-        "num_workers": num_workers,
-        "num_cpus": os.cpu_count(),
-        "cpu": _cpu(),
-        "load_average": load_average,
-        "image_size": image_size,
-        "num_images": num_steps * batch_size,
-        "config": to_dict(config),
-        "versions": {"catdog": __version__, **{name: version(name) for name in _LIBRARIES}},
-        "duration_s": round(time.monotonic() - started, 1),
-    }
-    storage.publish_json(storage.join(output, RECORD_NAME), record)
+    record = BenchTrainRecord(
+        output=output,
+        arch=ARCH,
+        figures=figures(rounds, num_workers),
+        rounds=rounds,
+        num_workers=num_workers,
+        host=provenance.host(),
+        load_average=load_average,
+        image_size=image_size,
+        num_images=num_steps * batch_size,
+        config=provenance.configuration(config),
+        versions=provenance.versions(),
+        duration_s=round(time.monotonic() - started, 1),
+    )
+    storage.publish_json(storage.join(output, RECORD_NAME), record.to_dict())
     return record
 
 
 def _trials(
     config: BenchTrainConfig, scratch: str, num_workers: int, image_size: int, num_steps: int
 ) -> dict[str, list[Settings]]:
-    """The processes of each contender, by its name. Whom a figure compares stand side by side."""
+    """The processes of each contender, by its name. Contenders that a figure compares run one right after the other."""
     batch_size = config.batch_size * num_workers
     data, small_data, pictures = (str(Path(scratch, name)) for name in ("data", "small-data", "pictures"))
     info = subset.write_dataset(
@@ -162,32 +233,32 @@ def _trials(
     }
 
 
-def _measure(settings: Sequence[Settings], scratch: str) -> dict[str, Any]:
-    """What the first process of each group says: all of a group are at the same step at all times."""
+def _measure(settings: Sequence[Settings], scratch: str) -> Measurement:
+    """Run a contender. What counts is the first process of each group, whose processes are always at the same step."""
     output = storage.join(scratch, "output")
     found = processes.run([each | {"output": output} for each in settings], scratch)
     groups = [epochs[1:] for each, epochs in zip(settings, found, strict=True) if each.get("rank", 0) == 0]
-    return {
-        "images_per_s": sum(_total(epochs, "num_images") / _total(epochs, "seconds") for epochs in groups),
-        "input_share": statistics.mean(_total(epochs, "input_s") / _total(epochs, "seconds") for epochs in groups),
-        "epochs": found,
-    }
+    return Measurement(
+        images_per_s=sum(_total(epochs, "num_images") / _total(epochs, "seconds") for epochs in groups),
+        input_share=statistics.mean(_total(epochs, "input_s") / _total(epochs, "seconds") for epochs in groups),
+        epochs=found,
+    )
 
 
 def _total(epochs: Sequence[Epoch], name: str) -> float:
     return sum(epoch[name] for epoch in epochs)
 
 
-def figures(rounds: Sequence[dict[str, Any]], num_workers: int) -> dict[str, dict[str, float]]:
-    """What the rounds come to."""
+def figures(rounds: Sequence[Round], num_workers: int) -> dict[str, Figure]:
+    """Every figure of `BenchTrainRecord` over the rounds."""
 
-    def images_per_s(a_round: dict[str, Any], *names: str) -> float:
-        return max(float(a_round[name]["images_per_s"]) for name in names)
+    def images_per_s(a_round: Round, *names: str) -> float:
+        return max(a_round[name].images_per_s for name in names)
 
-    def speedup(a_round: dict[str, Any], name: str) -> float:
+    def speedup(a_round: Round, name: str) -> float:
         return images_per_s(a_round, name) / images_per_s(a_round, "tutorial", "tutorial_xla")
 
-    definitions: dict[str, tuple[Callable[[dict[str, Any]], float], float]] = {
+    definitions: dict[str, tuple[Callable[[Round], float], float]] = {
         "tutorial_speedup": (lambda each: speedup(each, "ray_train"), 2.0),
         "tutorial_speedup_streamed": (lambda each: speedup(each, "streamed"), 2.0),
         "ray_efficiency": (lambda each: images_per_s(each, "ray_train") / images_per_s(each, "bare"), 0.98),
@@ -199,21 +270,11 @@ def figures(rounds: Sequence[dict[str, Any]], num_workers: int) -> dict[str, dic
             lambda each: images_per_s(each, "ray_train") / images_per_s(each, "side_by_side"),
             0.95,
         ),
-        "input_share_in_memory": (lambda each: float(each["ray_train"]["input_share"]), 0.02),
-        "input_share_streamed": (lambda each: float(each["streamed"]["input_share"]), 0.02),
+        "input_share_in_memory": (lambda each: each["ray_train"].input_share, 0.02),
+        "input_share_streamed": (lambda each: each["streamed"].input_share, 0.02),
     }
-    return {
-        name: {
-            "median": statistics.median(map(figure, rounds)),
-            "min": min(map(figure, rounds)),
-            "max": max(map(figure, rounds)),
-            "target": target,
-        }
-        for name, (figure, target) in definitions.items()
-    }
-
-
-def _cpu() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
+    found = {}
+    for name, (definition, target) in definitions.items():
+        values = [definition(each) for each in rounds]
+        found[name] = Figure(median=statistics.median(values), min=min(values), max=max(values), target=target)
+    return found

@@ -1,16 +1,16 @@
-"""The driver's catalogue of a collection: one light row per listed file, in a DuckDB file that spills to disk.
+"""The driver's catalogue of a collection: a DuckDB file on local disk with one small row for each listed file.
 
-Table `listing(row, uri, version, num_bytes, label)`: `row` counts in the order of the listing; `label` is an index into
-`CLASS_NAMES`, NULL for a file that is no image by its name.
+Table `listing(row, uri, version, num_bytes, label)`: `row` is the number of the file in the listing, from 0; `label` is
+an index into `CLASS_NAMES`, or NULL for an unlabelled file whose name says that it is no image.
 """
 
 import contextlib
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import duckdb
 import pyarrow as pa
@@ -19,9 +19,8 @@ from catdog import storage
 from catdog.config import PrepareConfig
 from catdog.dataset import labels
 from catdog.errors import UsageError
+from catdog.portions import portions
 from catdog.schema import CLASS_NAMES
-
-T = TypeVar("T")
 
 LISTING_SCHEMA: Final = pa.schema(
     [
@@ -34,20 +33,24 @@ LISTING_SCHEMA: Final = pa.schema(
 )
 
 MEMORY_LIMIT: Final = "512MB"
+"""Memory that DuckDB may take before it spills to disk."""
+
 NUM_THREADS: Final = 4
-"""What DuckDB may hold before it spills. It wants 125 MB per thread."""
+"""Threads of DuckDB, each of which wants 125 MB of memory."""
 
 BATCH_ROWS: Final = 16_384
+"""Rows that are written to or read from the catalogue at a time."""
 
 SLICE_ROWS: Final = 256
 SLICE_BYTES: Final = 64 * 2**20
-"""A slice is what one task reads at once. It ends where it has so many files, or reaches so many bytes of them. They
-were listed one after the other, and so lie side by side in an archive: a remote one is read in long stretches."""
+"""Size of a slice: of the files, consecutive in the listing, that one task reads. A slice ends as soon as it reaches
+either limit. Consecutive files often lie side by side in an archive, so that a remote archive is read in long
+stretches."""
 
 
 @contextlib.contextmanager
 def open_catalog() -> Iterator[duckdb.DuckDBPyConnection]:
-    """An empty catalogue in a temporary directory, for the length of a `with` block."""
+    """Open an empty catalogue in a temporary directory, for the length of a `with` block."""
     with tempfile.TemporaryDirectory(prefix="catdog-prepare-") as directory:
         connection = duckdb.connect(str(Path(directory, "catalog.duckdb")))
         connection.execute(f"SET memory_limit = '{MEMORY_LIMIT}'")
@@ -61,27 +64,31 @@ def open_catalog() -> Iterator[duckdb.DuckDBPyConnection]:
 
 
 def insert(connection: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
-    """Append `rows` to a table of the same columns."""
+    """Append `rows` to a table that has the same columns."""
     connection.register("_rows", rows)
     connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM _rows")
     connection.unregister("_rows")
 
 
 def one_row(connection: duckdb.DuckDBPyConnection, query: str, parameters: Sequence[object] = ()) -> tuple[Any, ...]:
-    """The one row that a query answers with."""
+    """The row that a query returns, which must be exactly one."""
     (row,) = connection.execute(query, parameters).fetchall()
     return tuple(row)
 
 
 def stream(connection: duckdb.DuckDBPyConnection, query: str) -> Iterator[pa.Table]:
-    """The rows of a query, in batches, while the connection stays free for others."""
+    """The rows of a query, in batches. Meanwhile the connection may be used for other queries."""
     with connection.cursor() as cursor:
         for batch in cursor.sql(query).to_arrow_reader(BATCH_ROWS):
             yield pa.Table.from_batches([batch])
 
 
 def list_collection(connection: duckdb.DuckDBPyConnection, config: PrepareConfig) -> None:
-    """Fill the catalogue from storage, every file labelled, or raise `UsageError`."""
+    """Fill the catalogue with the files of a collection and their labels.
+
+    Raises:
+        UsageError: an image has no label, two labels or an unknown one, or a class has no images.
+    """
     table = labels.table_url(config.labels, config.images)
     connection.execute(
         "CREATE TABLE listing (row BIGINT, uri VARCHAR, version VARCHAR, num_bytes BIGINT, label TINYINT)"
@@ -95,11 +102,12 @@ def list_collection(connection: duckdb.DuckDBPyConnection, config: PrepareConfig
         columns = dict(zip(LISTING_SCHEMA.names, zip(*rows, strict=True), strict=True))
         insert(connection, "listing", pa.table(columns, schema=LISTING_SCHEMA))
     if table:
-        _join_labels(connection, table, config.images)
+        _set_labels_from_table(connection, table, config.images)
     _check_labels(connection)
 
 
-def _join_labels(connection: duckdb.DuckDBPyConnection, table: str, images: str) -> None:
+def _set_labels_from_table(connection: duckdb.DuckDBPyConnection, table: str, images: str) -> None:
+    """Set the labels of the listing from a table of labels."""
     connection.execute("CREATE TABLE named (uri VARCHAR, label VARCHAR)")
     for batch in labels.read_table(table, images):
         insert(connection, "named", batch)
@@ -118,7 +126,7 @@ def _join_labels(connection: duckdb.DuckDBPyConnection, table: str, images: str)
         "SELECT count(*), min(uri) FROM (SELECT uri FROM named GROUP BY uri HAVING min(label) <> max(label))",
     )
     if num:
-        raise UsageError(f"A file must have one label. Received: {num} files with both in {table}, the first: {uri}")
+        raise UsageError(f"A file must have one label. Received: {num} files with two in {table}, the first: {uri}")
     connection.execute(
         "UPDATE listing SET label = list_position(?, named.label) - 1 FROM named WHERE listing.uri = named.uri",
         [list(CLASS_NAMES)],
@@ -126,6 +134,7 @@ def _join_labels(connection: duckdb.DuckDBPyConnection, table: str, images: str)
 
 
 def _check_labels(connection: duckdb.DuckDBPyConnection) -> None:
+    """Check that every image has a label, and every class an image."""
     (num_files,) = one_row(connection, "SELECT count(*) FROM listing")
     num_unlabelled, first = 0, ""
     for batch in stream(connection, "SELECT uri FROM listing WHERE label IS NULL ORDER BY row"):
@@ -135,7 +144,7 @@ def _check_labels(connection: duckdb.DuckDBPyConnection) -> None:
     if num_unlabelled:
         raise UsageError(
             "Every image needs a label: a folder named cat or dog, a file name like cat.123.jpg, or a row in a table "
-            f"given with --labels. Received: {num_unlabelled} of {num_files} files without, the first: {first}"
+            f"given with --labels. Received: {num_unlabelled} of {num_files} files without one, the first: {first}"
         )
     for index, name in enumerate(CLASS_NAMES):
         if one_row(connection, "SELECT count(*) FROM listing WHERE label = ?", [index]) == (0,):
@@ -152,24 +161,8 @@ def listing_digest(connection: duckdb.DuckDBPyConnection) -> str:
 
 
 def slices(connection: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
-    """The files that can be images, in slices, in order."""
+    """The labelled files, in slices, in the order of the listing."""
     batches = stream(connection, "SELECT * FROM listing WHERE label IS NOT NULL ORDER BY row")
     files = (file for batch in batches for file in batch.to_pylist())
-    for run in runs(files, lambda file: (1, file["num_bytes"]), SLICE_ROWS, SLICE_BYTES):
-        yield pa.Table.from_pylist(run, schema=LISTING_SCHEMA)
-
-
-def runs(items: Iterable[T], weigh: Callable[[T], tuple[int, int]], max_rows: int, max_bytes: int) -> Iterator[list[T]]:
-    """Cut items into runs. Each ends where its weight, in rows and in bytes, reaches either limit."""
-    run: list[T] = []
-    num_rows = num_bytes = 0
-    for item in items:
-        rows, size = weigh(item)
-        run.append(item)
-        num_rows += rows
-        num_bytes += size
-        if num_rows >= max_rows or num_bytes >= max_bytes:
-            yield run
-            run, num_rows, num_bytes = [], 0, 0
-    if run:
-        yield run
+    for portion in portions(files, lambda file: (1, file["num_bytes"]), SLICE_ROWS, SLICE_BYTES):
+        yield pa.Table.from_pylist(portion, schema=LISTING_SCHEMA)

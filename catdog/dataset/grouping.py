@@ -1,19 +1,21 @@
-"""Which images are the same picture, and so what becomes of each file: kept in a split, or rejected.
+"""Finding images that are the same picture, and deciding for each file: kept in a split, or rejected.
 
 Exact duplicates have the same bytes. Near-duplicates have perceptual hashes that differ in at most `MAX_DISTANCE` of
-144 bits. Of 20,000 photographs of Dogs vs. Cats, the 39 pairs that look the same lie at 0 to 8 bits, the next pair at
-34; of 1,000 drawings the nearest pair at 30. Copies of 200 photographs: JPEG quality 30, half the size or 64 px at most
-4 bits; contrast up by 30 % at most 10; 1 % cropped off each side 6, 2 % 12 (medians). Mirror images are different
-pictures.
+144 bits. Measured distances: of 20,000 photographs of Dogs vs. Cats, the 39 pairs that look the same differ in 0 to 8
+bits, the next pair in 34; of 1,000 drawings, the nearest pair differs in 30. Changed copies of 200 photographs differ
+from the originals in at most 4 bits (JPEG quality 30, half the size, or 64 px), in at most 10 (30 % more contrast), and
+in the median in 6 (1 % cropped off each side) or 12 (2 %). A mirror image is a different picture.
 
-Everything is done in DuckDB, out of core. What is held in memory grows with the number of duplicates.
+DuckDB does all of this out of core. Only the pairs of duplicates are held in memory.
 
-Tables, on top of those of `catdog.dataset.catalog`:
-    scanned(row, image_id, band_*, image_bytes, reason, message, part, split)  `split` is what the image alone would get
-    hashes(hash_id, band_*)                                                    distinct perceptual hashes
-    groups(group_id, split, num_files, is_conflict)
-    members(row, uri, label, image_id, split, group_id)                        images only
-    fates(row, part, image_id, image_bytes, split, reason, message)            one of `split` and `reason` is NULL
+The tables, besides those of `catdog.dataset.catalog`:
+    scanned(row, image_id, band_*, image_bytes, reason, message, part, split)  `split`: as if without duplicates
+    hashes(hash_id, band_*)                                                    the distinct perceptual hashes
+    components(hash_id, component)                                             hashes that are near to another one
+    members(row, uri, label, image_id, split, group_id)                        the files that are images
+    groups(group_id, split, num_files, is_conflict)                            images that are the same picture
+    kept(image_id, first)                                                      (uri, row) of the file that is kept
+    fates(row, part, image_id, image_bytes, split, reason, message)            either `split` or `reason` is NULL
 """
 
 from itertools import combinations
@@ -31,11 +33,13 @@ from catdog.dataset.scan import BAND_COLUMNS
 from catdog.dataset.split import split_of
 
 MAX_DISTANCE: Final = 12
+"""Largest number of bits by which the perceptual hashes of near-duplicates differ."""
 
 _SHARED_BANDS: Final = 2
-"""Only hashes with two of their 9 bands of 16 bits in common are compared: all that differ in 7 bits or fewer, 99 in
-100 of those that differ in 8, 90 in 10, 72 in 12. With one band, which would find more, the comparisons grow with the
-square of the collection: 16 s for a million images instead of 3 s, both on two cores."""
+"""Number of bands, of the 9 bands of 16 bits, that two hashes must share to be compared. That finds all pairs that
+differ in 7 bits or fewer, and 99 % of those that differ in 8, 90 % in 10, 72 % in 12. One shared band would find more,
+but the number of comparisons would grow with the square of the collection: a million images took 16 s instead of 3 s,
+on two cores."""
 
 _CREATE_SCANNED: Final = (
     "CREATE TABLE scanned (row BIGINT, image_id VARCHAR, "
@@ -45,12 +49,12 @@ _CREATE_SCANNED: Final = (
 
 
 def create(connection: duckdb.DuckDBPyConnection) -> None:
-    """Make the empty table that `add` fills."""
+    """Create the empty table `scanned`, which `add` fills."""
     connection.execute(_CREATE_SCANNED)
 
 
 def add(connection: duckdb.DuckDBPyConnection, rows: pa.Table, config: PrepareConfig) -> None:
-    """Append scanned rows (`catdog.dataset.scan.LIGHT_SCHEMA`), each with the split it would get by itself."""
+    """Append rows of `catdog.dataset.scan.LIGHT_SCHEMA` to `scanned`, each with the split that it would get alone."""
     fractions = {"val_fraction": config.val_fraction, "test_fraction": config.test_fraction}
     splits = [
         image_id and split_of(image_id, seed=config.seed, **fractions) for image_id in rows["image_id"].to_pylist()
@@ -59,7 +63,7 @@ def add(connection: duckdb.DuckDBPyConnection, rows: pa.Table, config: PrepareCo
 
 
 def decide(connection: duckdb.DuckDBPyConnection) -> None:
-    """Make the table `fates` from `scanned` and `listing`."""
+    """Create the table `fates` from `scanned` and `listing`."""
     bands = ", ".join(BAND_COLUMNS)
     connection.execute(
         f"CREATE TABLE hashes AS SELECT row_number() OVER () AS hash_id, * "
@@ -112,7 +116,7 @@ def decide(connection: duckdb.DuckDBPyConnection) -> None:
 
 
 def near_pairs(connection: duckdb.DuckDBPyConnection) -> pa.Table:
-    """Pairs `a` < `b` of `hash_id` in the table `hashes` that are near (see `MAX_DISTANCE` and `_SHARED_BANDS`)."""
+    """The pairs `a` < `b` of `hash_id` whose hashes differ in at most `MAX_DISTANCE` bits and share `_SHARED_BANDS`."""
     distance = " + ".join(f"bit_count(xor(a.{band}, b.{band}))::INTEGER" for band in BAND_COLUMNS)
     pairs = []
     for bands in combinations(BAND_COLUMNS, _SHARED_BANDS):
@@ -125,7 +129,7 @@ def near_pairs(connection: duckdb.DuckDBPyConnection) -> pa.Table:
 
 
 def _components(pairs: pa.Table) -> pa.Table:
-    """Each `hash_id` that is in a pair, with the smallest `hash_id` that it is connected to."""
+    """Each `hash_id` that is in a pair, with the smallest `hash_id` that pairs connect it to as its `component`."""
     ends = np.stack([pairs["a"].to_numpy(), pairs["b"].to_numpy()])
     ids, positions = np.unique(ends, return_inverse=True)
     a, b = positions.reshape(ends.shape)

@@ -1,4 +1,4 @@
-"""Which class a listed image belongs to: from its folder, its file name, or a table."""
+"""The class of a listed image, from its folder, its file name, or a table of labels."""
 
 import re
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from catdog.errors import UsageError
 from catdog.schema import CLASS_NAMES
 
 RULES: Final = ("auto", "folder", "prefix")
+"""The values of `--labels` that are not a table."""
 
 TABLE_SCHEMA: Final = pa.schema([("uri", pa.string()), ("label", pa.string())])
 
@@ -22,29 +23,29 @@ _PREFIX: Final = re.compile(r"[A-Za-z]+")
 
 
 def class_index(name: str) -> int | None:
-    """Index into `CLASS_NAMES` of a class named `cat`, `Cats`, `DOG`, ...; None if the name is neither."""
+    """Index into `CLASS_NAMES` of a class that is named `cat`, `Cats`, `DOG`, ...; None for any other name."""
     singular = name.strip().lower().removesuffix("s")
     return CLASS_NAMES.index(singular) if singular in CLASS_NAMES else None
 
 
 def _path(uri: str) -> PurePosixPath:
-    """The path inside the innermost container: `zip://train/cat.1.jpg::s3://bucket/train.zip` is `train/cat.1.jpg`."""
+    """The path within the archive or storage: `train/cat.1.jpg` for `zip://train/cat.1.jpg::s3://bucket/train.zip`."""
     return PurePosixPath(uri.split("::", 1)[0].split("://", 1)[-1])
 
 
 def by_folder(uri: str) -> int | None:
-    """Class index from the parent folder's name."""
+    """Index of the class that the parent folder is named after, or None."""
     return class_index(_path(uri).parent.name)
 
 
 def by_prefix(uri: str) -> int | None:
-    """Class index from the letters that the file name begins with: `cat.123.jpg`, `dog_7.png`."""
+    """Index of the class that the file name begins with, as in `cat.123.jpg` and `dog_7.png`, or None."""
     letters = _PREFIX.match(_path(uri).name)
     return class_index(letters.group()) if letters else None
 
 
 def by_rule(rule: str, uri: str) -> int | None:
-    """Class index by one of `RULES`, None where it does not tell."""
+    """Index of the class that one of `RULES` gives, or None."""
     index = by_folder(uri) if rule in ("auto", "folder") else None
     if index is None and rule in ("auto", "prefix"):
         index = by_prefix(uri)
@@ -52,14 +53,18 @@ def by_rule(rule: str, uri: str) -> int | None:
 
 
 def is_other_file(uri: str) -> bool:
-    """Whether the file's name says that it is no image: a read-me or a licence beside the photographs."""
+    """Whether the file's name says that it is no image, but a read-me, say, or a licence beside the photographs."""
     return _OTHER_SUFFIX.fullmatch(_path(uri).suffix) is not None
 
 
 def table_url(labels: str, images: str) -> str | None:
-    """The table that holds the labels, None if they follow from the names.
+    """The URL of the table that holds the labels; None if they follow from the names of files or folders.
 
-    That is `labels` where it is no rule, or under `auto` the manifest itself if it has a column `label`.
+    It is `labels`, unless that is one of `RULES`. With `auto`, it is the manifest `images` if that has a column
+    `label`.
+
+    Raises:
+        UsageError: `labels` is neither a rule nor the name of a table.
     """
     if labels not in RULES:
         if not labels.lower().endswith((".csv", ".parquet")):
@@ -75,10 +80,13 @@ def table_url(labels: str, images: str) -> str | None:
 
 
 def read_table(url: str, images: str) -> Iterator[pa.Table]:
-    """The rows of a table of labels, in batches of `TABLE_SCHEMA`, `uri` as it is listed.
+    """The rows of a table of labels, in batches of `TABLE_SCHEMA`, each `uri` as the listing has it.
 
-    A relative `uri` stands under `images`, be that a directory or an archive; where it is a manifest or a glob, under
-    the directory of that.
+    A relative `uri` is taken as relative to `images` if that is a directory or an archive, or to the directory of
+    `images` if that is a manifest or a glob.
+
+    Raises:
+        UsageError: the table does not exist, cannot be read, or lacks a column.
     """
     if not storage.exists(url):
         raise UsageError(f"A table of labels must exist. Received: --labels={url}")
@@ -97,7 +105,7 @@ def read_table(url: str, images: str) -> Iterator[pa.Table]:
 
 
 def _class_name(label: object) -> str:
-    """`cat` or `dog` for their spellings, else the label as it came."""
+    """`cat` or `dog` for any of their spellings; any other label as it is."""
     index = class_index(str(label))
     return str(label) if index is None else CLASS_NAMES[index]
 
@@ -120,6 +128,7 @@ def _parquet_batches(file: Any) -> Iterator[pa.RecordBatch]:
 
 
 def _listed_uri(uri: str, images: str) -> str:
+    """A `uri` of a table of labels as the listing has it."""
     root = storage.absolute(images)
     if "://" in uri or uri.startswith("/"):
         return storage.absolute(uri)

@@ -1,4 +1,4 @@
-"""What the catalogue says in the end: counts, rejects, duplicate groups and the digest of a dataset."""
+"""What `dataset.json` and `rejects.parquet` say: counts, rejects, duplicates and digest, from the catalogue."""
 
 import hashlib
 from typing import Any
@@ -15,7 +15,7 @@ _NOT_AN_IMAGE = "neither labelled nor an image by its name"
 
 
 def counts(connection: duckdb.DuckDBPyConnection) -> dict[str, dict[str, int]]:
-    """Images per split and class."""
+    """Number of images by split and class."""
     found = {
         (split, label): num
         for split, label, num in connection.execute(
@@ -26,20 +26,24 @@ def counts(connection: duckdb.DuckDBPyConnection) -> dict[str, dict[str, int]]:
 
 
 def check_counts(counts: dict[str, dict[str, int]], config: PrepareConfig) -> None:
-    """Raise `DatasetError` unless both classes can be trained on, and every split that was asked for has images."""
+    """Check that there are training images of both classes, and images in every split that was asked for.
+
+    Raises:
+        DatasetError: there are none.
+    """
     for name, num in counts["train"].items():
         if not num:
-            raise DatasetError(f"The train split must have images of every class. Received: no {name}, in all {counts}")
+            raise DatasetError(f"The train split must have images of every class. Received: no {name} in it; {counts}")
     for split, fraction in (("val", config.val_fraction), ("test", config.test_fraction)):
         if fraction and not sum(counts[split].values()):
             raise DatasetError(
                 f"--{split}-fraction must give the split at least one image. Received: --{split}-fraction={fraction}, "
-                f"and none among {sum(sum(by_class.values()) for by_class in counts.values())} images"
+                f"which gave it none of {sum(sum(by_class.values()) for by_class in counts.values())} images"
             )
 
 
 def rejects(connection: duckdb.DuckDBPyConnection) -> pa.Table:
-    """`REJECTS_SCHEMA` rows, sorted by uri."""
+    """The rejected files, as rows of `REJECTS_SCHEMA`, sorted by uri."""
     table = connection.sql(
         """
         SELECT uri, reason, coalesce(message, '') AS message
@@ -54,7 +58,7 @@ def rejects(connection: duckdb.DuckDBPyConnection) -> pa.Table:
 
 
 def summary(connection: duckdb.DuckDBPyConnection, rejects: pa.Table) -> dict[str, Any]:
-    """The numbers of a dataset: `listed` = `kept` + `rejected`, `reasons`, `counts`, `class_balance`."""
+    """The numbers of a dataset: `listed` (`kept` + `rejected`), `reasons` for rejection, `counts`, `class_balance`."""
     by_split = counts(connection)
     by_class = {name: sum(by_split[split][name] for split in SPLITS) for name in CLASS_NAMES}
     num_kept = sum(by_class.values())
@@ -70,9 +74,10 @@ def summary(connection: duckdb.DuckDBPyConnection, rejects: pa.Table) -> dict[st
 
 
 def duplicates(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
-    """The groups of more than one file.
+    """The groups of duplicates, that is, of more than one file.
 
-    `duplicate_groups`: all of them, as sorted lists of uris. `conflicts`: those labelled both ways, as `{uri: label}`.
+    `duplicate_groups` has all of them, as sorted lists of uris. `conflicts` has those that are labelled both cat and
+    dog, as `{uri: label}`.
     """
     groups, conflicts = [], []
     for uris, class_indices, is_conflict in connection.execute(
@@ -89,7 +94,10 @@ def duplicates(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
 
 
 def digest(connection: duckdb.DuckDBPyConnection) -> str:
-    """SHA-256 over the split, id and label of every image kept: the same pictures split alike, wherever they lie."""
+    """SHA-256 over the split, id and label of every image that is kept.
+
+    It does not depend on where the images are stored.
+    """
     sha256 = hashlib.sha256()
     query = (
         "SELECT split, image_id, label FROM fates JOIN listing USING (row) "

@@ -1,32 +1,34 @@
 """The `prepare` job, from start to end.
 
-    1. list     driver: every file, with its label, into the catalogue; slices of it to `_staging/listing/`
-    2. scan     Ray Data: each slice read once, images validated and hashed, to `_staging/scan/`
-    3. group    driver: duplicates, splits, what is rejected; a plan per chunk of staging parts to `_staging/plan/`
-    4. write    Ray Data: each chunk to shards, `train|val|test/part-*.parquet`
-    5. finish   driver: `rejects.parquet`, `samples.png`, then `dataset.json`; `_staging/` goes
+    1. list     The driver lists all files with their labels in the catalogue.
+    2. stage    The driver cuts the listing into slices, and writes them to `_staging/listing/`.
+    3. scan     Ray tasks read each slice once, check and hash its images, and write them to `_staging/scan/`.
+    4. group    The driver finds duplicates, and decides which images are rejected, and which split the others get. It
+                writes to `_staging/plan/`, for each chunk of scanned slices, which image goes to which shard.
+    5. write    Ray tasks write the shards of each chunk, `train|val|test/part-*.parquet`.
+    6. finish   The driver writes `rejects.parquet`, `samples.png` and, last, `dataset.json`, and deletes `_staging/`.
 
-Until `dataset.json` is there, `_staging/prepare.json` marks the output as ours: the same command starts over, and finds
-the slices that were scanned already.
+Until `dataset.json` is written, `_staging/prepare.json` marks the output as one of this command. If the command is
+killed and run again, it starts over, but does not scan a slice again that was scanned.
 """
 
 import contextlib
-import importlib.metadata
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Final
 
 import duckdb
 import numpy as np
 
-from catdog import __version__, storage
-from catdog.config import PrepareConfig, flag, to_dict
+from catdog import provenance, records, storage
+from catdog.config import PrepareConfig, flag
 from catdog.dataset import catalog, grouping, outcome, ray_tasks, scan, shards
 from catdog.dataset.labels import RULES
 from catdog.dataset.reading import FORMAT, FORMAT_VERSION, INFO_NAME, DatasetInfo, load_info, parse_info
-from catdog.dataset.samples import sample_grid
+from catdog.dataset.samples import sample_sheet
 from catdog.errors import DatasetError, OutputRefusedError, UsageError
 from catdog.ray_session import connect
 from catdog.schema import CLASS_NAMES, SPLITS
@@ -40,11 +42,9 @@ SAMPLES_NAME: Final = "samples.png"
 
 _LOG_EVERY_S: Final = 10.0
 
-_LIBRARIES: Final = ("duckdb", "ImageHash", "numpy", "pillow", "pyarrow", "ray")
-
 
 class _Stopwatch:
-    """Seconds per stage."""
+    """Measures how many seconds each stage takes."""
 
     def __init__(self) -> None:
         self.durations_s: dict[str, float] = {}
@@ -57,17 +57,59 @@ class _Stopwatch:
         logger.info("%s: %.1f s", name, self.durations_s[name])
 
 
-def run(config: PrepareConfig) -> dict[str, Any]:
-    """Prepare a dataset and return the run record.
+@dataclass(frozen=True, kw_only=True)
+class PrepareRecord(records.Record):
+    """What a run of `prepare` did."""
 
-    The record holds `listed` = `kept` + `rejected`, `reasons` (files per reason for rejection), `counts` (images per
-    split and class), `durations_s` per stage, and `already_done`: the dataset was there, of this configuration and
-    listing.
+    command: str
+    output: str
+    already_done: bool
+    """Whether the dataset, with this configuration and listing, had been prepared before."""
+
+    listed: int
+    """Number of files: the sum of `kept` and `rejected`."""
+
+    kept: int
+    rejected: int
+    reasons: dict[str, int]
+    """Reason for rejection → number of files."""
+
+    counts: dict[str, dict[str, int]]
+    """Split → class → number of images."""
+
+    digest: str
+    config: dict[str, Any]
+    versions: dict[str, str]
+    num_duplicate_groups: int
+    num_conflicts: int
+    durations_s: dict[str, float]
+    """Stage → seconds."""
+
+    images_per_s: float
+
+    def summary(self) -> list[str]:
+        """The numbers of images that were kept, by split and class, and rejected, by reason."""
+        if self.already_done:
+            head = f"Nothing to do: the dataset is there, {self.kept:,} of {self.listed:,} files."
+        else:
+            took = records.rate(sum(self.durations_s.values()), self.images_per_s)
+            head = f"Prepared {self.kept:,} of {self.listed:,} files in {took}."
+        return [
+            head,
+            *(f"  {split:<9}{records.counted(counts)}" for split, counts in self.counts.items()),
+            f"  rejected {self.rejected:,}" + (f": {records.counted(self.reasons)}" if self.reasons else ""),
+            f"  groups   {self.num_duplicate_groups:,} of duplicates, {self.num_conflicts:,} labelled both ways",
+            f"Dataset: {self.output}",
+        ]
+
+
+def run(config: PrepareConfig) -> PrepareRecord:
+    """Prepare a dataset.
 
     Raises:
-        UsageError: the input cannot be used, or the output holds something else; nothing was written.
-        DatasetError: the images do not fill the splits.
-        StorageError: a storage failed; the same command goes on where this one stopped.
+        UsageError: the input cannot be used, or the output holds something else. Nothing was written.
+        DatasetError: a split has no images, or the training split none of a class.
+        StorageError: a storage failed. The same command goes on where this one stopped.
     """
     output = storage.absolute(config.output)
     staging = storage.join(output, STAGING_DIR)
@@ -109,21 +151,26 @@ def run(config: PrepareConfig) -> dict[str, Any]:
                 **_statistics(written),
                 "digest": outcome.digest(connection),
                 "listing_digest": listing_digest,
-                "config": to_dict(config),
-                "versions": {"catdog": __version__, **{name: importlib.metadata.version(name) for name in _LIBRARIES}},
+                "config": provenance.configuration(config),
+                "versions": provenance.versions(),
                 **outcome.duplicates(connection),
                 "parts": _parts(written),
             }
             info = parse_info(output, raw)
             storage.publish_parquet(storage.join(output, REJECTS_NAME), rejects)
-            storage.publish_bytes(storage.join(output, SAMPLES_NAME), sample_grid(info))
+            storage.publish_bytes(storage.join(output, SAMPLES_NAME), sample_sheet(info))
             storage.publish_json(storage.join(output, INFO_NAME), raw)
             storage.delete(staging)
     return _record(info, watch, already_done=False)
 
 
 def _finished(output: str, config: PrepareConfig) -> DatasetInfo | None:
-    """The dataset that the output holds, of this configuration; None where there is none yet, or half of one."""
+    """The finished dataset that the output holds; None if it holds none, or an unfinished one.
+
+    Raises:
+        UsageError: the output lies within the images.
+        OutputRefusedError: the output holds something else, or a dataset of another configuration.
+    """
     if output.startswith(storage.absolute(config.images) + "/"):
         raise UsageError(f"--output must not lie in --images. Received: --output={output}")
     is_begun = storage.exists(storage.join(output, STAGING_DIR, MARKER_NAME))
@@ -133,8 +180,8 @@ def _finished(output: str, config: PrepareConfig) -> DatasetInfo | None:
     try:
         info = load_info(output)
     except DatasetError as error:
-        raise OutputRefusedError(f"--output must be empty, or a dataset of this command. {error}") from error
-    before, now = _identity(info.raw["config"]), _identity(to_dict(config))
+        raise OutputRefusedError(f"--output must be empty, or hold a dataset of this command. {error}") from error
+    before, now = _identity(info.raw["config"]), _identity(provenance.configuration(config))
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
         was = " ".join(f"{flag(name)}={before.get(name)}" for name in changed)
@@ -146,7 +193,7 @@ def _finished(output: str, config: PrepareConfig) -> DatasetInfo | None:
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a configuration decides what the dataset is: not where it lies, nor where it was computed."""
+    """The fields of a configuration that decide the content of the dataset: not its place, nor the cluster."""
     labels = config["labels"]
     return {
         **{name: value for name, value in config.items() if name not in ("output", "ray_address")},
@@ -156,6 +203,7 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_listing(info: DatasetInfo, listing_digest: str) -> None:
+    """Check that a finished dataset was made from the files that are listed now."""
     if info.raw["listing_digest"] != listing_digest:
         raise OutputRefusedError(
             "--output must be new where the images have changed. "
@@ -164,9 +212,11 @@ def _check_listing(info: DatasetInfo, listing_digest: str) -> None:
 
 
 def _start(connection: duckdb.DuckDBPyConnection, output: str, config: PrepareConfig) -> int:
-    """Mark the output as ours, clear what a killed run left of its shards, stage the listing; the number of slices."""
+    """Mark the output as ours, delete shards of a killed run, stage the listing, and return the number of slices."""
     staging = storage.join(output, STAGING_DIR)
-    storage.publish_json(storage.join(staging, MARKER_NAME), {"format": FORMAT, "config": to_dict(config)})
+    storage.publish_json(
+        storage.join(staging, MARKER_NAME), {"format": FORMAT, "config": provenance.configuration(config)}
+    )
     for split in SPLITS:
         for name in storage.list_names(storage.join(output, split), ".parquet"):
             if name.startswith("part-"):
@@ -178,7 +228,7 @@ def _start(connection: duckdb.DuckDBPyConnection, output: str, config: PrepareCo
 
 
 def _scan(connection: duckdb.DuckDBPyConnection, num_slices: int, staging: str, config: PrepareConfig) -> None:
-    """First pass: fill the table `scanned`."""
+    """Scan all slices on the cluster, and fill the table `scanned`."""
     grouping.create(connection)
     (num_files,) = catalog.one_row(connection, "SELECT count(*) FROM listing WHERE label IS NOT NULL")
     num_scanned, logged_at = 0, time.monotonic()
@@ -187,11 +237,11 @@ def _scan(connection: duckdb.DuckDBPyConnection, num_slices: int, staging: str, 
         num_scanned += rows.num_rows
         if time.monotonic() - logged_at >= _LOG_EVERY_S:
             logged_at = time.monotonic()
-            logger.info("scanned %d of %d files", num_scanned, num_files)
+            logger.info("Scanned %d of %d files", num_scanned, num_files)
 
 
 def _parts(written: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Rows per shard, by split and file name."""
+    """Number of rows of each shard, by split and file name."""
     parts: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
     for row in written:
         split, name = row["shard"].split("/")
@@ -200,7 +250,7 @@ def _parts(written: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def _statistics(written: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Mean and standard deviation per channel over the training images."""
+    """Mean and standard deviation of the training images' pixels, per channel."""
     train = [row for row in written if row["shard"].startswith("train/")]
     weights = [row["num_rows"] for row in train]
     mean, mean_square = (
@@ -209,15 +259,22 @@ def _statistics(written: list[dict[str, Any]]) -> dict[str, list[float]]:
     return {"mean": mean.tolist(), "std": np.sqrt(mean_square - mean**2).tolist()}
 
 
-def _record(info: DatasetInfo, watch: _Stopwatch, *, already_done: bool) -> dict[str, Any]:
-    copied = ("listed", "kept", "rejected", "reasons", "counts", "digest", "config", "versions")
-    return {
-        "command": "prepare",
-        "output": info.url,
-        "already_done": already_done,
-        **{name: info.raw[name] for name in copied},
-        "num_duplicate_groups": len(info.raw["duplicate_groups"]),
-        "num_conflicts": len(info.raw["conflicts"]),
-        "durations_s": watch.durations_s,
-        "images_per_s": round(info.raw["listed"] / max(sum(watch.durations_s.values()), 1e-9), 1),
-    }
+def _record(info: DatasetInfo, watch: _Stopwatch, *, already_done: bool) -> PrepareRecord:
+    raw = info.raw
+    return PrepareRecord(
+        command="prepare",
+        output=info.url,
+        already_done=already_done,
+        listed=raw["listed"],
+        kept=raw["kept"],
+        rejected=raw["rejected"],
+        reasons=raw["reasons"],
+        counts=raw["counts"],
+        digest=raw["digest"],
+        config=raw["config"],
+        versions=raw["versions"],
+        num_duplicate_groups=len(raw["duplicate_groups"]),
+        num_conflicts=len(raw["conflicts"]),
+        durations_s=watch.durations_s,
+        images_per_s=round(raw["listed"] / max(sum(watch.durations_s.values()), 1e-9), 1),
+    )

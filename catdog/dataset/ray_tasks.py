@@ -1,32 +1,31 @@
-"""Numbered tasks as a Ray Data job."""
+"""Running numbered tasks as a Ray Data job."""
 
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import pyarrow as pa
 
-from catdog import errors
+from catdog import errors, ray_internals
 
 _MAX_BLOCKS: Final = 10_000
-"""Ray tasks per job; with more numbers than that, a task takes several of them, one after the other."""
+"""Largest number of Ray tasks of a job. If there are more numbers, each Ray task runs several, one after the other."""
 
 _RESULT_SCHEMA: Final = pa.schema([("error", pa.string()), ("message", pa.string()), ("table", pa.binary())])
-"""What a task hands back: a table as an Arrow stream, or our own error. Raised, Ray would log the error with a page of
-traceback, and put its own words to it."""
+"""What a task hands back: a table, as an Arrow stream, or the class and message of a `CatdogError`. If a task raised
+the error, Ray would log a page of traceback, and wrap the error in one of its own."""
 
 
 def run(function: Callable[..., pa.Table], num_tasks: int, **arguments: Any) -> Iterator[pa.Table]:
-    """Call `function(number, **arguments)` on the cluster for the numbers up to `num_tasks`; its tables, as they come.
+    """Call `function(number, **arguments)` on the cluster for each number below `num_tasks`.
+
+    Yields the tables that the calls return, as they come.
 
     Raises:
-        CatdogError: the one that the function raised.
+        CatdogError: a call raised it.
     """
     import ray.data
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that progress bars are off
+    ray_internals.quiet_ray_data(ray.data.DataContext.get_current())
     results = ray.data.range(num_tasks, override_num_blocks=min(num_tasks, _MAX_BLOCKS)).map_batches(
         _call, batch_size=1, batch_format="pyarrow", fn_kwargs={"function": function, "arguments": arguments}
     )
@@ -39,6 +38,7 @@ def run(function: Callable[..., pa.Table], num_tasks: int, **arguments: Any) -> 
 
 
 def _call(batch: pa.Table, function: Callable[..., pa.Table], arguments: dict[str, Any]) -> Iterator[pa.Table]:
+    """Call the function for the numbers of a batch, one row of `_RESULT_SCHEMA` each."""
     for number in batch["id"].to_pylist():
         result: dict[str, str | bytes]
         try:
@@ -49,6 +49,7 @@ def _call(batch: pa.Table, function: Callable[..., pa.Table], arguments: dict[st
 
 
 def _to_bytes(table: pa.Table) -> bytes:
+    """The table as an Arrow stream."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)

@@ -1,4 +1,4 @@
-"""Reading a prepared dataset: what `dataset.json` says, and the shards' rows as a stream."""
+"""Reading a dataset: the content of `dataset.json`, and the rows of the shards."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,12 +8,12 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from catdog import storage
+from catdog import schema, storage
 from catdog.errors import DatasetError
 from catdog.schema import CLASS_NAMES, DATASET_SCHEMA, SPLITS
 
 INFO_NAME: Final = "dataset.json"
-"""Written last: a directory that holds it holds a whole dataset."""
+"""Name of the file that is written last: a directory that holds it holds a whole dataset."""
 
 FORMAT: Final = "catdog-dataset"
 FORMAT_VERSION: Final = 1
@@ -21,16 +21,16 @@ FORMAT_VERSION: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class DatasetInfo:
-    """What `dataset.json` says, checked.
+    """The content of `dataset.json`, checked.
 
     Attributes:
-        url: where the dataset lies.
-        counts: images per split and class: `counts["train"]["dog"]`.
-        parts: rows per shard: `parts["train"]["part-00000-000.parquet"]`.
-        mean: of the training images' pixels, 0..255, per channel (RGB); every image counts the same.
-        std: standard deviation, likewise.
-        digest: SHA-256 over which image is in which split with which label.
-        raw: the whole of `dataset.json`.
+        url: directory of the dataset.
+        counts: number of images by split and class, as in `counts["train"]["dog"]`.
+        parts: number of rows by split and shard, as in `parts["train"]["part-00000.parquet"]`.
+        mean: mean of the training images' pixels, 0..255, per channel (RGB). Every image has the same weight.
+        std: standard deviation of the same pixels, per channel.
+        digest: SHA-256 over the split, id and label of every image.
+        raw: the JSON object itself.
     """
 
     url: str
@@ -50,7 +50,7 @@ def load_info(url: str) -> DatasetInfo:
     """Read and check `dataset.json`.
 
     Raises:
-        DatasetError: there is none, or it is not one that this version understands.
+        DatasetError: `dataset.json` is missing or damaged, or this version does not know its format.
     """
     path = storage.join(storage.absolute(url), INFO_NAME)
     try:
@@ -63,7 +63,7 @@ def load_info(url: str) -> DatasetInfo:
 
 
 def parse_info(url: str, raw: Mapping[str, Any]) -> DatasetInfo:
-    """Check the content of a `dataset.json`; errors as `load_info`."""
+    """Check the content of a `dataset.json`. Raises the errors of `load_info`."""
     expected = FORMAT, FORMAT_VERSION, CLASS_NAMES
     try:
         found = raw["format"], raw["format_version"], tuple(raw["class_names"])
@@ -84,7 +84,7 @@ def parse_info(url: str, raw: Mapping[str, Any]) -> DatasetInfo:
         num_rows = sum(info.parts[split].values())
         if num_rows != info.num_images(split):
             raise DatasetError(
-                f"A split's parts must hold as many rows as it has images. Received: {split} of {url} with "
+                f"A split's shards must hold as many rows as the split has images. Received: {split} of {url} with "
                 f"{num_rows} rows and {info.num_images(split)} images"
             )
     return info
@@ -98,16 +98,16 @@ def _three(values: Sequence[float]) -> tuple[float, float, float]:
 def iter_split(
     dataset: str | DatasetInfo, split: str, columns: Sequence[str] | None = None, batch_size: int = 256
 ) -> Iterator[pa.RecordBatch]:
-    """The rows of a split, in order, `batch_size` at a time, fewer at the end of a shard.
+    """The rows of a split, in order and in batches.
 
     Args:
-        dataset: the URL of a dataset, or what `load_info` gave.
+        dataset: URL of a dataset, or what `load_info` returned.
         split: one of `catdog.schema.SPLITS`.
-        columns: names of those to read, or None for all.
-        batch_size: rows per batch.
+        columns: names of the columns to read; None for all.
+        batch_size: rows per batch. The last batch of a shard may have fewer.
 
     Raises:
-        DatasetError: a shard is missing, damaged, or holds other rows than `dataset.json` says.
+        DatasetError: a shard is missing or damaged, or has another number of rows than `dataset.json` says.
     """
     info = dataset if isinstance(dataset, DatasetInfo) else load_info(dataset)
     for path, num_rows in shards(info, split):
@@ -115,23 +115,23 @@ def iter_split(
 
 
 def shards(info: DatasetInfo, split: str) -> list[tuple[str, int]]:
-    """(URL, number of rows) of a split's shards, in order."""
+    """(URL, number of rows) of each shard of a split, in order."""
     return [(storage.join(info.url, split, name), num_rows) for name, num_rows in sorted(info.parts[split].items())]
 
 
 def iter_shard(
     path: str, num_rows: int, columns: Sequence[str] | None = None, batch_size: int = 256
 ) -> Iterator[pa.RecordBatch]:
-    """The rows of one shard, as `iter_split`."""
+    """The rows of one shard, which has `num_rows` rows. Otherwise as `iter_split`."""
     with _open_shard(path, num_rows) as shard:
         yield from shard.iter_batches(batch_size=batch_size, columns=None if columns is None else list(columns))
 
 
 def read_rows(path: str, num_rows: int, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
-    """Rows `start` to `stop` of one shard of `num_rows`; only the row groups that hold them are read.
+    """Rows `start` to `stop` of one shard, which has `num_rows` rows. Only the row groups with these rows are read.
 
     Raises:
-        DatasetError: as `iter_split`.
+        DatasetError: as in `iter_split`.
     """
     with _open_shard(path, num_rows) as shard:
         groups: list[int] = []
@@ -146,10 +146,10 @@ def read_rows(path: str, num_rows: int, start: int, stop: int, columns: Sequence
 
 
 def check_shards(url: str) -> None:
-    """Check that every shard that `dataset.json` names is there, with its schema and number of rows.
+    """Check that every shard in `dataset.json` exists, and has the right schema and number of rows.
 
     Raises:
-        DatasetError: one is not.
+        DatasetError: a shard does not.
     """
     info = load_info(url)
     for split in SPLITS:
@@ -160,17 +160,21 @@ def check_shards(url: str) -> None:
 
 @contextlib.contextmanager
 def _open_shard(path: str, num_rows: int) -> Iterator[pq.ParquetFile]:
+    """Open a shard for the length of a `with` block, and check its schema and number of rows."""
     try:
         with storage.open_read(path) as file:
             shard = pq.ParquetFile(file)
-            if not shard.schema_arrow.equals(DATASET_SCHEMA):
-                names = shard.schema_arrow.names
+            try:
+                schema.check(shard.schema_arrow, DATASET_SCHEMA)
+            except ValueError as error:
                 raise DatasetError(
-                    f"A shard must have the columns {DATASET_SCHEMA.names}. Received: {path} with {names}"
-                )
+                    f"A shard must have the columns {DATASET_SCHEMA.names}. Received: {path}, but {error}"
+                ) from error
             found = shard.metadata.num_rows
             if found != num_rows:
-                raise DatasetError(f"{INFO_NAME} must tell a shard's rows, {num_rows}. Received: {path} with {found}")
+                raise DatasetError(
+                    f"A shard must have as many rows as {INFO_NAME} says, {num_rows}. Received: {path} with {found}"
+                )
             yield shard
-    except (OSError, pa.ArrowInvalid) as error:  # OSError: it is missing, or a page of it is damaged
+    except (OSError, pa.ArrowInvalid) as error:  # OSError: the shard is missing, or a page of it is damaged
         raise DatasetError(f"Every shard in {INFO_NAME} must be there and whole. Received: {path} ({error})") from error

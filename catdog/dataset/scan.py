@@ -1,7 +1,7 @@
-"""First pass, on the workers: read each listed file once; stage what is a valid image, name what is not.
+"""The tasks of the stage `scan`: each reads a slice of the listing, and stages its images and the reasons for rejects.
 
-A slice of the listing becomes one staging part, published under a name that follows from the slice's content: after a
-kill, the next run finds the parts that are there, and reads none of their files again.
+A slice becomes one staging part, whose name follows from the content of the slice. After a kill, the next run finds the
+parts that are there, and does not read their files again.
 """
 
 import hashlib
@@ -21,19 +21,20 @@ SCAN_DIR: Final = "scan"
 HASH_SIDE: Final = 12
 BAND_BITS: Final = 16
 BAND_COLUMNS: Final = tuple(f"band_{band}" for band in range(HASH_SIDE**2 // BAND_BITS))
-"""The perceptual hash, in bands of 16 bits."""
+"""Columns of the perceptual hash, which is cut into bands of 16 bits."""
 
 MOMENT_COLUMNS: Final = ("mean", "mean_square")
 
-_PIXELS: Final = 128
-"""Side of the square, by `catdog.images.decode`, that the hash and the pixel statistics are taken from."""
+_SIDE_PX: Final = 128
+"""Pixels per side to which an image is resized before its hash and its pixel statistics are computed."""
 
-_PLAIN_STD: Final = 5.0
-"""A picture whose grey values (0..255) deviate less is as good as blank: its hash would be that of noise. The least of
-20,000 photographs of Dogs vs. Cats is 14."""
+_BLANK_STD: Final = 5.0
+"""A picture whose grey values (0..255) have a smaller standard deviation counts as blank: its hash would be that of
+noise. The smallest among 20,000 photographs of Dogs vs. Cats is 14."""
 
 _FORMAT: Final = "scan-v1"
-"""Part of every staging part's name: change what is staged, change the name."""
+"""Version of what is staged. It enters into the name of every staging part, so that parts of another version are not
+used."""
 
 LIGHT_SCHEMA: Final = pa.schema(
     [
@@ -46,8 +47,9 @@ LIGHT_SCHEMA: Final = pa.schema(
         pa.field("part", pa.string(), nullable=False),
     ]
 )
-"""What the driver gets to know of each file: `reason` and `message` are null for an image, the columns before them for
-a file that is none; the hash is null for a plain picture too. `image_bytes` is the size of the encoded image."""
+"""The columns that the driver gets, a row for each file. `reason` and `message` are null for an image; `image_id`, the
+hash and `image_bytes` are null for a file that is rejected. The hash is also null for a blank picture. `image_bytes` is
+the size of the encoded image."""
 
 SCAN_SCHEMA: Final = pa.schema(
     [
@@ -60,16 +62,17 @@ SCAN_SCHEMA: Final = pa.schema(
         *(pa.field(name, pa.list_(pa.float64(), 3)) for name in MOMENT_COLUMNS),
     ]
 )
-"""`_staging/scan/*.parquet`: `mean` and `mean_square` are those of the pixels, 0..255, per channel."""
+"""`_staging/scan/*.parquet`: `mean` and `mean_square` are means of the pixels, 0..255, and of their squares, per
+channel."""
 
 
 def part_name(index: int) -> str:
-    """File name of the slice's part of the listing."""
+    """Name of the file that holds slice `index` of the listing, or the plan of chunk `index`."""
     return f"{index:07d}.parquet"
 
 
 def scan_slice(index: int, staging_url: str) -> pa.Table:
-    """Stage one slice of the listing; `LIGHT_SCHEMA` rows, one per file."""
+    """Stage slice `index` of the listing. Returns `LIGHT_SCHEMA` rows, one for each file."""
     listing = storage.read_parquet(storage.join(staging_url, LISTING_DIR, part_name(index)))
     part = f"{index:07d}-{_digest(listing)}.parquet"
     url = storage.join(staging_url, SCAN_DIR, part)
@@ -84,6 +87,7 @@ def scan_slice(index: int, staging_url: str) -> pa.Table:
 
 
 def _digest(listing: pa.Table) -> str:
+    """A digest of a slice of the listing and of `_FORMAT`."""
     digest = hashlib.sha256(_FORMAT.encode())
     for row in listing.to_pylist():
         digest.update(repr(row).encode())
@@ -91,11 +95,12 @@ def _digest(listing: pa.Table) -> str:
 
 
 def _scan(data: bytes | ImageError) -> dict[str, Any]:
+    """The columns of `SCAN_SCHEMA` that depend on the content of a file."""
     try:
         if isinstance(data, ImageError):
             raise data
         image = images.canonical_bytes(data)
-        pixels = Image.fromarray(images.decode(data, _PIXELS).pixels_HWC)
+        pixels = Image.fromarray(images.decode(data, _SIDE_PX).pixels_HWC)
     except ImageError as error:
         return {"reason": error.code, "message": str(error)}
     statistics = ImageStat.Stat(pixels)
@@ -112,16 +117,16 @@ def _scan(data: bytes | ImageError) -> dict[str, Any]:
 
 
 def perceptual_hash(picture: Image.Image) -> list[int] | list[None]:
-    """144 bits, nearly the same for pictures that look the same, as signed 16-bit bands; Nones for a plain picture.
+    """The perceptual hash of a picture, 144 bits, as signed 16-bit bands. For a blank picture all bands are None.
 
-    The bits say which of the 12 x 12 lowest frequencies of the grey picture's cosine transform lie above their median
-    (`imagehash.phash`). With 16 x 16, those of a blurred picture are mostly noise; with 8 x 8, pictures of one kind are
-    too close.
+    Pictures that look the same have nearly the same bits. The bits say which of the 12 x 12 lowest frequencies of the
+    grey picture's cosine transform lie above their median (`imagehash.phash`). With 16 x 16, the bits of a blurred
+    picture would be mostly noise. With 8 x 8, different pictures of one kind would be too close to each other.
     """
     grey = picture.convert("L")
     bits = imagehash.phash(grey, hash_size=HASH_SIDE).hash
-    # Half of the bits are set, unless most frequencies are missing altogether, as from stripes.
-    if ImageStat.Stat(grey).stddev[0] < _PLAIN_STD or bits.sum() < bits.size // 2:
+    # Half of the bits are set, unless the picture lacks most frequencies, as stripes do: such a hash says too little.
+    if ImageStat.Stat(grey).stddev[0] < _BLANK_STD or bits.sum() < bits.size // 2:
         return [None] * len(BAND_COLUMNS)
     bands: list[int] = np.packbits(bits).view("<i2").tolist()
     return bands

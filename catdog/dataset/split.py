@@ -1,4 +1,4 @@
-"""Which split an image belongs to: a pure function of its group's key and a seed."""
+"""The split of an image: a pure function of the key of its duplicate group and a seed."""
 
 import hashlib
 from typing import Final
@@ -7,11 +7,11 @@ _POSITION_BYTES: Final = 8
 
 
 def split_of(group_key: str, *, seed: int, val_fraction: float, test_fraction: float) -> str:
-    """The split of a duplicate group.
+    """The split of a group of duplicates.
 
     Args:
-        group_key: the smallest `image_id` of the group.
-        seed: another seed is another, independent split.
+        group_key: smallest `image_id` of the group.
+        seed: number that decides the split. Another seed gives another, independent split.
         val_fraction: expected share of the groups in `val`.
         test_fraction: expected share of the groups in `test`.
     """

@@ -1,124 +1,256 @@
-"""The run record, whose books close, and what can be verified of an output later."""
+"""The books of a run, which say where every image went; the run record; and verifying an output."""
 
-import importlib.metadata
-import platform
+import contextlib
+import logging
 import secrets
+import time
 from collections import Counter
+from collections.abc import Generator
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from catdog import __version__, storage
-from catdog.config import PredictConfig, to_dict
+from catdog import provenance, records, storage
+from catdog.config import PredictConfig
 from catdog.errors import BooksError
-from catdog.inference.executors import SliceResult
 from catdog.inference.plan import Counts, open_database
 from catdog.inference.publish import KEY_COLUMNS, list_parts, read_parts, spill_keys
+from catdog.inference.work import Job, SliceResult
+
+logger = logging.getLogger(__name__)
 
 RUNS_NAME: Final = "_runs"
-_PACKAGES: Final = ("duckdb", "keras", "numpy", "pillow", "pyarrow", "ray", "tensorflow")
+"""Name of the directory of the run records in an output."""
+
+LOG_INTERVAL_S: Final = 10.0
+"""Seconds between two lines of the log while images are labelled."""
 
 
 def new_run_id(now: datetime) -> str:
-    """A name for a run, unlike any other, that sorts by time."""
+    """A unique name for a run. Names sort by time."""
     return f"{now.astimezone(UTC):%Y%m%dT%H%M%S.%fZ}-{secrets.token_hex(4)}"
 
 
-class Ledger:
-    """Adds up what became of a run's slices."""
+@dataclass(frozen=True, kw_only=True)
+class Books:
+    """Where the images of a run went. The books balance if `listed` is the sum of the other numbers."""
 
-    def __init__(self) -> None:
-        """Empty."""
+    listed: int
+    ok: int
+    error: int
+    already_done: int
+    duplicate: int
+    """Entries of the listing whose uri was listed before."""
+
+    def check(self, whose: str = "") -> None:
+        """Raise `BooksError` unless the books balance. The message begins with `whose`."""
+        if self.listed != self.ok + self.error + self.already_done + self.duplicate:
+            raise BooksError(f"{whose}listed must be ok + error + already_done + duplicate. Received: {asdict(self)}")
+
+    @property
+    def labelled(self) -> int:
+        """Number of rows that the run wrote."""
+        return self.ok + self.error
+
+    def __str__(self) -> str:
+        return (
+            f"{self.listed:,} listed = {self.ok:,} ok + {self.error:,} error "
+            f"+ {self.already_done:,} already done + {self.duplicate:,} duplicate"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(records.Record):
+    """What a run of `predict` did: the content of `_runs/<run_id>.json`."""
+
+    run_id: str
+    output: str
+    model_id: str
+    executor: str
+    books: Books
+    labels: dict[str, int]
+    """`cat` or `dog` → number of rows of this run."""
+
+    needs_review: int
+    """Number of rows of this run that a person should review."""
+
+    errors: dict[str, int]
+    """Error code → number of rows of this run."""
+
+    failed_fraction: float
+    """Share of errors among the rows of this run."""
+
+    failed_fraction_exceeded: bool
+    """Whether `failed_fraction` is larger than `--max-failed-fraction`."""
+
+    parts: list[str]
+    """Names of the part files that this run wrote."""
+
+    num_bytes: int
+    """Size of the images that this run read."""
+
+    engines: dict[str, int]
+    """Engine and number format → number of labels: `{"tensorflow bfloat16": 1200}`."""
+
+    started_at: str
+    durations_s: dict[str, float]
+    """`plan`, `label` or `total` → seconds."""
+
+    thread_s: dict[str, float]
+    """`decode`, `score` or `publish` → seconds, summed over all threads."""
+
+    images_per_s: float
+    config: dict[str, Any]
+    versions: dict[str, str]
+    host: provenance.Host
+
+    def summary(self) -> list[str]:
+        """The numbers of labels and errors, and the books."""
+        if self.books.labelled:
+            took = records.rate(self.durations_s["total"], self.images_per_s)
+            head = f"Labelled {self.books.labelled:,} images in {took} ({self.executor})."
+        else:
+            head = "Nothing to label: everything listed is labelled already."
+        return [
+            head,
+            f"  labels   {records.counted(self.labels)}; {self.needs_review:,} need review",
+            *([f"  errors   {records.counted(self.errors)}"] if self.errors else []),
+            f"  books    {self.books}",
+            f"Predictions: {self.output} (run {self.run_id})",
+        ]
+
+    def complaint(self) -> str | None:
+        """The error text if more images failed than the configuration allows."""
+        if not self.failed_fraction_exceeded:
+            return None
+        return (
+            f"--max-failed-fraction allows {self.config['max_failed_fraction']:g} of the images to fail. "
+            f"Received: {self.books.error} of {self.books.labelled} failed"
+        )
+
+
+class Ledger:
+    """Adds up the results of a run's slices, and closes its books."""
+
+    def __init__(self, counts: Counts) -> None:
+        """Open the books of a run whose plan has these counts, and log the counts."""
+        self._counts = counts
         self.parts: list[str] = []
         self.labels: Counter[str] = Counter(cat=0, dog=0)
         self.errors: Counter[str] = Counter()
         self.needs_review = 0
         self.num_bytes = 0
         self.thread_s: Counter[str] = Counter()
+        self.engines: Counter[str] = Counter()
+        logger.info(
+            "Listed %d images: %d to label, %d already done, %d duplicates",
+            *(counts.listed, counts.to_label, counts.already_done, counts.duplicate),
+        )
 
-    def add(self, result: SliceResult) -> None:
-        """Enter one slice."""
+    def enter(self, results: Generator[SliceResult]) -> None:
+        """Add the results of slices as they come, and log every few seconds how far the run is."""
+        started = logged = time.monotonic()
+        with contextlib.closing(results):
+            for result in results:
+                self._add(result)
+                now = time.monotonic()
+                if now - logged > LOG_INTERVAL_S:
+                    logged = now
+                    num_labelled = self.labels.total() + self.errors.total()
+                    rate = num_labelled / (now - started)
+                    logger.info("Labelled %d of %d images, %.0f per second", num_labelled, self._counts.to_label, rate)
+
+    def _add(self, result: SliceResult) -> None:
         self.parts.append(result.part)
         self.labels.update(result.labels)
         self.errors.update(result.errors)
         self.needs_review += result.needs_review
         self.num_bytes += result.num_bytes
+        self.engines[result.engine] += sum(result.labels.values())
         for stage in ("decode", "score", "publish"):
             self.thread_s[stage] += getattr(result, f"{stage}_s")
 
-    @property
-    def num_labelled(self) -> int:
-        """Rows written so far."""
-        return self.labels.total() + self.errors.total()
-
-    def close(self, counts: Counts) -> dict[str, int]:
-        """The books.
+    def close(
+        self,
+        config: PredictConfig,
+        job: Job,
+        *,
+        executor: str,
+        started_at: datetime,
+        durations_s: dict[str, float],
+    ) -> RunRecord:
+        """Close the books, and return the run record.
 
         Raises:
-            BooksError: they do not close.
+            BooksError: the books do not balance, or a slice was labelled twice.
         """
-        books = {
-            "listed": counts.listed,
-            "ok": self.labels.total(),
-            "error": self.errors.total(),
-            "already_done": counts.already_done,
-            "duplicate": counts.duplicate,
-        }
-        if not _closes(books) or len(set(self.parts)) != len(self.parts):
-            raise BooksError(f"listed must be ok + error + already_done + duplicate. Received: {books}")
-        return books
+        books = Books(
+            listed=self._counts.listed,
+            ok=self.labels.total(),
+            error=self.errors.total(),
+            already_done=self._counts.already_done,
+            duplicate=self._counts.duplicate,
+        )
+        books.check()
+        if len(set(self.parts)) != len(self.parts):
+            raise BooksError(f"every part must be written once. Received: {Counter(self.parts).most_common(1)}")
+        failed_fraction = books.error / books.labelled if books.labelled else 0.0
+        return RunRecord(
+            run_id=job.run_id,
+            output=provenance.redact(config.output),
+            model_id=job.model_id,
+            executor=executor,
+            books=books,
+            labels=dict(self.labels),
+            needs_review=self.needs_review,
+            errors=dict(sorted(self.errors.items())),
+            failed_fraction=failed_fraction,
+            failed_fraction_exceeded=failed_fraction > config.max_failed_fraction,
+            parts=sorted(self.parts),
+            num_bytes=self.num_bytes,
+            engines=dict(self.engines),
+            started_at=started_at.isoformat(timespec="seconds"),
+            durations_s=_rounded(durations_s),
+            thread_s=_rounded(self.thread_s),
+            images_per_s=round(books.labelled / durations_s["label"], 1) if books.labelled else 0.0,
+            config=provenance.configuration(config),
+            versions=provenance.versions(),
+            host=provenance.host(),
+        )
 
 
-def _closes(books: dict[str, int]) -> bool:
-    return books["listed"] == books["ok"] + books["error"] + books["already_done"] + books["duplicate"]
+def _rounded(seconds: dict[str, float] | Counter[str]) -> dict[str, float]:
+    return {stage: round(value, 3) for stage, value in seconds.items()}
 
 
-def run_record(
-    config: PredictConfig,
-    *,
-    run_id: str,
-    model_id: str,
-    executor: str,
-    started_at: datetime,
-    durations_s: dict[str, float],
-    books: dict[str, int],
-    ledger: Ledger,
-) -> dict[str, Any]:
-    """What `_runs/<run_id>.json` holds, as plain JSON values."""
-    num_labelled = ledger.num_labelled
-    failed_fraction = books["error"] / num_labelled if num_labelled else 0.0
-    return {
-        "run_id": run_id,
-        "output": config.output,
-        "model_id": model_id,
-        "executor": executor,
-        "books": books,
-        "labels": dict(ledger.labels),
-        "needs_review": ledger.needs_review,
-        "errors": dict(sorted(ledger.errors.items())),
-        "failed_fraction": failed_fraction,
-        "failed_fraction_exceeded": failed_fraction > config.max_failed_fraction,
-        "parts": sorted(ledger.parts),
-        "num_bytes": ledger.num_bytes,
-        "started_at": started_at.isoformat(timespec="seconds"),
-        "durations_s": {stage: round(seconds, 3) for stage, seconds in durations_s.items()},
-        "thread_s": {stage: round(seconds, 3) for stage, seconds in ledger.thread_s.items()},
-        "images_per_s": round(num_labelled / durations_s["label"], 1) if num_labelled else 0.0,
-        "config": to_dict(config),
-        "versions": {"catdog": __version__, "python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in _PACKAGES},
-    }
+@dataclass(frozen=True, kw_only=True)
+class Verification(records.Record):
+    """What an output of `predict` holds, counted from its files."""
+
+    output: str
+    parts: int
+    rows: int
+    ok: int
+    error: int
+    models: int
+    runs: int
+
+    def summary(self) -> list[str]:
+        """The numbers of rows, part files, models and runs."""
+        return [
+            f"Verified {self.output}: {self.rows:,} rows = {self.ok:,} ok + {self.error:,} error.",
+            f"  {records.plural(self.parts, 'part')}, {records.plural(self.models, 'model')}, "
+            f"{records.plural(self.runs, 'run')}",
+        ]
 
 
-def verify(output: str) -> dict[str, Any]:
-    """Check an output of predict: every part whole and in the schema, no image labelled twice, all books closed.
-
-    Returns:
-        Counts of `parts`, `rows`, `ok`, `error`, `models` and `runs`.
+def verify(output: str) -> Verification:
+    """Check that an output of `predict` is whole: its part files are, no image has two rows, and all books balance.
 
     Raises:
-        BooksError: an image has two rows for one version and model, a run's books do not close, or a part that a run
-            wrote is missing.
-        OutputRefusedError: a part is not whole, or not one of predict.
+        BooksError: an image has two rows for one version and model, the books of a run do not balance, or a part file
+            that a run wrote is missing.
+        OutputRefusedError: a part file is damaged, or was not written by `predict`.
     """
     output = storage.absolute(output)
     parts = list_parts(output)
@@ -144,19 +276,16 @@ def verify(output: str) -> dict[str, Any]:
     known = set(parts)
     for run in runs:
         record = storage.read_json(storage.join(output, RUNS_NAME, run))
-        if not _closes(record["books"]):
-            raise BooksError(
-                f"{run}: listed must be ok + error + already_done + duplicate. Received: {record['books']}"
-            )
+        Books(**record["books"]).check(whose=f"{run}: ")
         if missing := sorted(set(record["parts"]) - known):
             raise BooksError(f"{run}: every part that a run wrote must be there. Received: {missing[0]} is missing")
     ((num_rows, num_ok, num_models),) = rows
-    return {
-        "output": output,
-        "parts": len(parts),
-        "rows": num_rows,
-        "ok": num_ok,
-        "error": num_rows - num_ok,
-        "models": num_models,
-        "runs": len(runs),
-    }
+    return Verification(
+        output=output,
+        parts=len(parts),
+        rows=num_rows,
+        ok=num_ok,
+        error=num_rows - num_ok,
+        models=num_models,
+        runs=len(runs),
+    )

@@ -1,13 +1,14 @@
-"""What a run has to do: what is listed, minus what the output holds already, cut into slices.
+"""The plan of a run: the images that are listed and not yet in the output, cut into slices.
 
-The set operations are DuckDB's, which spills to the local temporary directory: Python never holds more than one slice
-of the listing.
+DuckDB computes the plan, and spills to the local temporary directory. Python never holds more than one slice of it.
 
-A slice is a stretch of the sorted listing that ends where the hash of a uri says so, less the images that are done.
-Where it ends depends on that one uri alone: files that come or go leave the other slices as they are. The part's name
-is the digest of what it will hold, so that a run that was killed and repeated, or started twice from the same state,
-publishes the same rows under the same names. What that does not cover is two runs at once over listings that differ:
-they may both label an image; `catdog verify` tells.
+The sorted listing is cut after every uri with a certain hash, and where a slice would be longer than `MAX_SLICE_SIZE`.
+A slice is what lies between two cuts, without the images that are done. A file that is added or removed therefore
+changes only its own slice, and the next few if these have the maximal length.
+
+The name of a part is a digest of the images that it will hold. A run that is killed and repeated, or started twice from
+the same state, thus publishes the same rows under the same names. Only two simultaneous runs over different listings
+may both label an image, which `catdog.inference.verify` finds.
 """
 
 import contextlib
@@ -29,15 +30,16 @@ from catdog.inference.publish import KEY_COLUMNS, list_parts, part_name, read_pa
 from catdog.storage import SourceFile
 
 SLICE_SIZE: Final = 512
-"""Images per slice, on average: a second of work for a core or two, and a file of some 60 kB."""
+"""Average distance between two hash cuts, in images: a second of work for a core or two, and a file of some 60 kB."""
 
 MAX_SLICE_SIZE: Final = 2 * SLICE_SIZE
-"""Where a slice ends at the latest, which one in seven does: at the end of a run, workers wait for the last slice."""
+"""Largest number of images in a slice. One slice in seven is that long. The limit exists because at the end of a run
+all workers wait for the last slice."""
 
 _MEMORY_LIMIT: Final = "1GB"
 _FETCH_ROWS: Final = 4096
 
-# Members of one archive stay together, so that a slice opens one archive rather than hundreds.
+# The members of an archive stay together, so that a slice opens one archive instead of hundreds.
 _ORDER: Final = "regexp_extract(uri, '^zip://.*::(.*)$', 1), uri"
 
 _WORK: Final = """
@@ -75,12 +77,12 @@ SELECT retried_part, uri, version, num_bytes FROM work WHERE retried_part IS NOT
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """A unit of work, and of commit.
+    """The unit of work: images that are labelled by one worker and published together, as one part file.
 
     Attributes:
-        part: name of the file that its rows are published as.
-        files: what to label, at least one, in the order of the part's rows.
-        is_retry: the part is there already, and its rows of other files stay.
+        part: name of the part file.
+        files: the images to label, at least one, in the order of the rows in the part file.
+        is_retry: whether the part file exists, and its rows of other images are to be kept.
     """
 
     part: str
@@ -90,13 +92,13 @@ class Slice:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Of images.
+    """Numbers of images in a plan.
 
     Attributes:
-        listed: everything that the listing gave.
-        duplicate: the same uri listed once more.
-        already_done: in the output, for this version and this model.
-        to_label: the rest.
+        listed: all entries of the listing.
+        duplicate: entries whose uri was listed before.
+        already_done: images that have a row in the output for the same version and model, unless they are retried.
+        to_label: all other images.
     """
 
     listed: int
@@ -106,7 +108,7 @@ class Counts:
 
 
 class Plan:
-    """The work of one run. Made by `open_plan`."""
+    """The plan of one run. `open_plan` makes it."""
 
     def __init__(self, database: duckdb.DuckDBPyConnection, model_id: str) -> None:
         self._database = database
@@ -117,7 +119,7 @@ class Plan:
         )
 
     def slices(self) -> Iterator[Slice]:
-        """All slices, in a fixed order. May be called again."""
+        """All slices, always in the same order. May be called more than once."""
         yield from self._new_slices()
         for part, rows in itertools.groupby(self._query(_RETRIED), key=lambda row: row[0]):
             yield Slice(part=part, files=[SourceFile(*row[1:]) for row in rows], is_retry=True)
@@ -151,10 +153,10 @@ class Plan:
 
 @contextlib.contextmanager
 def open_plan(images: str, output: str, model_id: str, *, retry_errors: bool) -> Iterator[Plan]:
-    """List, subtract what is done, and count. Writes nothing but temporary files on this machine.
+    """Plan a run, and keep the plan for the length of a `with` block. Writes only temporary files on this machine.
 
     Raises:
-        UsageError: there are no images, or the output lies among them.
+        UsageError: there are no images, or the output lies within them.
         OutputRefusedError: the output holds something that predict did not write.
         StorageError: a storage failed.
     """
@@ -173,7 +175,8 @@ def open_plan(images: str, output: str, model_id: str, *, retry_errors: bool) ->
 
 
 def _spill_listing(path: Path, images: str) -> None:
-    # Not as an Arrow table: making one from Python values imports pandas, which takes half a second.
+    """Write the listing to a local file."""
+    # This is JSON, because making an Arrow table from Python values imports pandas, which takes half a second.
     with gzip.open(path, "wt", compresslevel=1) as spilled:
         for file in storage.list_images(images):
             row = {"uri": file.uri, "version": file.version, "num_bytes": file.num_bytes}
@@ -182,13 +185,13 @@ def _spill_listing(path: Path, images: str) -> None:
 
 @contextlib.contextmanager
 def open_database() -> Iterator[tuple[duckdb.DuckDBPyConnection, Path]]:
-    """A database in memory, and a temporary directory that takes what does not fit, and what is spilled on purpose."""
+    """An empty database in memory, and the temporary directory to which it spills, for the length of a `with` block."""
     with tempfile.TemporaryDirectory(prefix="catdog-plan-") as scratch:
         settings: dict[str, str | bool | int | float | list[str]] = {
             "memory_limit": _MEMORY_LIMIT,
             "temp_directory": scratch,
             "preserve_insertion_order": False,
-            "python_enable_replacements": False,  # which import pandas, too
+            "python_enable_replacements": False,  # they would import pandas, too
         }
         with duckdb.connect(config=settings) as database:
             yield database, Path(scratch)

@@ -1,6 +1,7 @@
-"""The part files of an output: publishing rows as one, atomically, and reading them back.
+"""The part files of an output: publishing rows as a part file, atomically, and reading part files.
 
-An output is a directory of `part-<digest>.parquet` and `_runs/`. Names that start with `_` or `.` are not data.
+An output is a directory that holds `part-<digest>.parquet` files and `_runs/`. Names that start with `_` or `.` are not
+data.
 """
 
 import concurrent.futures
@@ -14,33 +15,36 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from catdog import storage
+from catdog import provenance, schema, storage
 from catdog.errors import OutputRefusedError, StorageError
 from catdog.schema import PREDICTIONS_SCHEMA
 
 KEY_COLUMNS: Final = ("uri", "source_version", "model_id", "status")
+"""The columns that tell what an output holds. The first three identify a row."""
+
 _SPILLED_SCHEMA: Final = pa.schema([(name, pa.string()) for name in (*KEY_COLUMNS, "part")])
 
 _READERS: Final = 16
-"""Parts that are read at the same time."""
+"""Number of part files that are read at the same time."""
 
 
 def part_name(digest: str) -> str:
-    """The name of the part file of a digest."""
+    """The name of the part file with this digest."""
     return f"part-{digest}.parquet"
 
 
 def publish_part(output: str, part: str, rows: pa.Table, *, keep_others: bool) -> None:
-    """Publish rows as a part file; one of that name is replaced.
+    """Publish rows as a part file, which replaces a file of the same name.
 
     Args:
         output: directory of the part files.
         part: name of the file.
-        rows: in `PREDICTIONS_SCHEMA`.
-        keep_others: rows that the file holds already, of other uris, stay in it.
+        rows: rows in `PREDICTIONS_SCHEMA`.
+        keep_others: whether to keep the rows of other uris that the file of the same name holds.
 
     Raises:
-        StorageError: it could not be written. The output is as it was.
+        OutputRefusedError: the file whose rows are to be kept is not a part file of `predict`.
+        StorageError: the file could not be written. The output is as it was.
     """
     url = storage.join(output, part)
     if keep_others:
@@ -51,7 +55,7 @@ def publish_part(output: str, part: str, rows: pa.Table, *, keep_others: bool) -
 
 
 def list_parts(output: str) -> list[str]:
-    """Names of the part files in an output; none where there is no output yet.
+    """Names of the part files in an output. There are none if the output does not exist yet.
 
     Raises:
         OutputRefusedError: the output is a file, or holds something that predict did not write.
@@ -61,7 +65,7 @@ def list_parts(output: str) -> list[str]:
     for name in names:
         if not (name.startswith("part-") and name.endswith(".parquet")):
             raise OutputRefusedError(
-                f"--output must hold predictions or nothing. Received: {storage.redact(output)}, which holds {name}"
+                f"--output must hold predictions or nothing. Received: {provenance.redact(output)}, which holds {name}"
             )
     return names
 
@@ -69,10 +73,15 @@ def list_parts(output: str) -> list[str]:
 def read_parts(
     output: str, parts: Iterable[str], columns: Sequence[str] | None = None
 ) -> Iterator[tuple[str, pa.Table]]:
-    """Part files with their names, in order, or some of their columns; read ahead.
+    """Read part files, some of them ahead. Yields (name, rows) of each, in order.
+
+    Args:
+        output: directory of the part files.
+        parts: names of the files.
+        columns: names of the columns to read; None for all.
 
     Raises:
-        OutputRefusedError: one is no part file of predict.
+        OutputRefusedError: a file is not a part file of `predict`.
         StorageError: the storage failed.
     """
     remaining = iter(parts)
@@ -83,27 +92,30 @@ def read_parts(
 
 def _read_part(output: str, part: str, columns: Sequence[str] | None) -> tuple[str, pa.Table]:
     url = storage.join(output, part)
+    wanted = PREDICTIONS_SCHEMA if columns is None else pa.schema(map(PREDICTIONS_SCHEMA.field, columns))
     try:
         data = storage.read_bytes(url)
     except FileNotFoundError:
-        raise StorageError(f"{storage.redact(url)} was there, and went while it was to be read") from None
+        raise StorageError(
+            f"a part file must not be deleted while it is read. Received: {provenance.redact(url)} is missing"
+        ) from None
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
-        if not file.schema_arrow.equals(PREDICTIONS_SCHEMA):
-            raise pa.ArrowInvalid("its columns are others")
-        return part, file.read(columns=None if columns is None else list(columns))
-    except (pa.ArrowInvalid, OSError) as error:
-        reason = " ".join(str(error).split())
+        schema.check(file.schema_arrow, PREDICTIONS_SCHEMA)
+        there = [name for name in wanted.names if name in file.schema_arrow.names]
+        return part, schema.conformed(file.read(columns=there), wanted)
+    except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
+        reason = provenance.one_line(error)
         raise OutputRefusedError(
-            f"--output must hold predictions or nothing. Received: {storage.redact(url)}, which holds none: {reason}"
+            f"--output must hold predictions or nothing. Received: {provenance.redact(url)}, which holds none: {reason}"
         ) from error
 
 
 def spill_keys(path: Path, parts: Iterable[tuple[str, pa.Table]]) -> None:
-    """Write the `KEY_COLUMNS` of parts to one local Parquet file, the part's name as a further column `part`."""
+    """Write the `KEY_COLUMNS` of part files, and their names as a column `part`, to one local Parquet file."""
     with pq.ParquetWriter(path, _SPILLED_SCHEMA) as writer:
         for part, keys in parts:
-            # By hand: pa.array and its like import pandas, which takes half a second.
+            # The column is built from buffers, because pa.array imports pandas, which takes half a second.
             ends = np.arange(len(keys) + 1, dtype=np.int32) * len(part)
             names = pa.StringArray.from_buffers(len(keys), pa.py_buffer(ends), pa.py_buffer(part.encode() * len(keys)))
             writer.write_table(pa.Table.from_arrays([*keys.select(KEY_COLUMNS).columns, names], schema=_SPILLED_SCHEMA))

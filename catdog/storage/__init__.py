@@ -1,12 +1,12 @@
-"""Listing, reading and publishing at any fsspec URL: the one place that knows fsspec and s3fs.
+"""Listing, reading and publishing at any fsspec URL. Only this package knows fsspec; only its module `s3` knows s3fs.
 
 A URL is a local path, or anything that fsspec opens (`s3://bucket/prefix`, `memory://x`, ...). A member of a `.zip` is
-named by its fsspec chained URL, `zip://train/cat.1.jpg::s3://bucket/train.zip`. Endpoints and credentials come from the
-usual environment: `AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, ...
+named by fsspec's chained URL, `zip://train/cat.1.jpg::s3://bucket/train.zip`. Endpoints and credentials come from the
+usual environment variables: `AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, ...
 
-One image that cannot be read is an `ImageError`. A storage that cannot be reached, or keeps failing, is a
-`StorageError` that names the URL, after some seconds of retries. A missing file is a `UsageError` from `list_images`,
-and Python's `FileNotFoundError` from the functions that read what catdog wrote.
+If one image cannot be read, that is an `ImageError`. If a storage cannot be reached, or keeps failing for some seconds
+of retries, that is a `StorageError`, which names the URL. If a file is missing, `list_images` raises `UsageError`, and
+the functions that read what catdog wrote raise Python's `FileNotFoundError`.
 """
 
 from catdog.storage.filesystems import SourceFile
@@ -30,7 +30,7 @@ from catdog.storage.reading import (
     read_sources,
     read_text,
 )
-from catdog.storage.urls import absolute, join, redact
+from catdog.storage.urls import absolute, join
 
 __all__ = [
     "MAX_BYTES",
@@ -53,6 +53,5 @@ __all__ = [
     "read_source",
     "read_sources",
     "read_text",
-    "redact",
     "refuse_foreign_output",
 ]

@@ -12,17 +12,18 @@ from collections.abc import Iterator
 from typing import Final
 
 from catdog.errors import ImageError, UsageError
+from catdog.provenance import redact
 from catdog.storage.filesystems import SourceFile, attempt, filesystem, open_handle, require, version_of
-from catdog.storage.urls import is_local, member_uri, redact
+from catdog.storage.urls import is_local, member_uri
 
 _MAX_OPEN: Final = 8
-"""Archives that a process keeps open."""
+"""Archives that a process keeps open at most."""
 
 _ENCRYPTED: Final = 0x1
-"""The bit of a member's flags."""
+"""The bit in a member's flags that says so."""
 
 _DAMAGE: Final = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, ValueError)
-"""What zipfile raises on damaged data, apart from EOFError."""
+"""What zipfile raises when the data is damaged. It also raises EOFError, which is treated apart."""
 
 
 class _Archive:
@@ -36,7 +37,7 @@ class _Archive:
             raise UsageError(f"A .zip must be a readable archive: {error}. Received: {redact(uri)}") from error
 
     def members(self) -> Iterator[zipfile.ZipInfo]:
-        """All files, in the archive's order. Of two with one name, both come as the last: that is what opens."""
+        """All files, in the archive's order. Two members of one name come as the last one twice: zipfile opens that."""
         return (self._zip.getinfo(info.filename) for info in self._zip.infolist() if not info.is_dir())
 
     def member(self, name: str) -> zipfile.ZipInfo:
@@ -51,9 +52,11 @@ class _Archive:
         try:
             with self._lock:
                 member = self._zip.open(info)
-            data = member.read()
-            with self._lock:
-                member.close()
+            try:
+                data = member.read()
+            finally:  # a member that stays open keeps the archive open
+                with self._lock:
+                    member.close()
         except EOFError as error:
             raise ImageError("truncated", "the archive member ends early") from error
         except NotImplementedError as error:
@@ -61,7 +64,7 @@ class _Archive:
         except _DAMAGE as error:
             raise ImageError("decode_failed", f"the archive member is damaged: {error}") from error
         except OSError as error:
-            if type(error) is OSError and error.errno is None:  # bz2's words for damaged data
+            if type(error) is OSError and error.errno is None:  # bz2 says so that data is damaged
                 raise ImageError("decode_failed", f"the archive member is damaged: {error}") from error
             raise
         return data
@@ -76,7 +79,7 @@ def list_members(archive: str) -> Iterator[SourceFile]:
     """Every file in an archive, in the archive's order.
 
     Raises:
-        UsageError: not a zip archive.
+        UsageError: `archive` is not a zip archive.
         FileNotFoundError: there is no such archive.
         StorageError: the storage failed.
     """
@@ -95,7 +98,7 @@ def read_member(archive: str, member: str, max_bytes: int) -> bytes:
 
     Raises:
         ImageError: the member is encrypted, damaged, or larger than `max_bytes`.
-        UsageError: the archive is none.
+        UsageError: `archive` is not a zip archive.
         FileNotFoundError, PermissionError, StorageError: as `attempt`.
     """
 
@@ -107,14 +110,14 @@ def read_member(archive: str, member: str, max_bytes: int) -> bytes:
         try:
             return opened.read(info)
         except OSError:
-            forget(archive)  # the next attempt opens it anew: it may have been replaced
+            forget(archive)  # the archive may have been replaced: the next attempt opens it anew
             raise
 
     return attempt(archive, read)
 
 
 def forget(archive: str) -> None:
-    """Look at an archive anew before it is used again. Whoever reads it now is not disturbed."""
+    """Make the next use of an archive open it anew. Threads that are reading it keep what they have open."""
     with _lock:
         _remote_versions.pop(archive, None)
         for key in [key for key in _archives if key[0] == archive]:
@@ -128,12 +131,16 @@ def _open(archive: str) -> _Archive:
             _archives[key] = _Archive(archive)
         _archives.move_to_end(key)
         if len(_archives) > _MAX_OPEN:
-            _archives.popitem(last=False)  # closed when its last reader lets go of it
+            _archives.popitem(last=False)  # the archive is closed when its last reader lets go of it
         return _archives[key]
 
 
 def _version(archive: str) -> str:
-    """Tells one state of an archive from the next. A remote one is asked once: s3fs notices if it is replaced later."""
+    """A text that changes when the archive is replaced.
+
+    A remote storage is asked once per archive. If the archive is replaced later, reading it through s3fs fails, and
+    `read_member` opens it anew.
+    """
     if is_local(archive):
         status = os.stat(archive)
         return f"{status.st_size}-{status.st_mtime_ns}"

@@ -1,10 +1,8 @@
-"""The fsspec filesystem behind a URL, and what to do when it fails."""
+"""The fsspec filesystem of a URL, and what catdog does when a storage fails."""
 
 import datetime
 import errno
-import functools
 import io
-import os
 import random
 import sys
 import time
@@ -12,44 +10,34 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, Final, TypeVar
 
-import fsspec
 import fsspec.core
 
 from catdog.errors import StorageError, UsageError
-from catdog.storage.urls import is_local, redact
+from catdog.provenance import redact
+from catdog.storage import s3
+from catdog.storage.urls import is_local
 
 T = TypeVar("T")
 
 MAX_CONNECTIONS: Final = 32
-"""Requests in flight to remote storages, per process and task."""
+"""Requests in flight to remote storages, per process and per call that reads or looks up many files."""
 
 _WAITS_S: Final = (0.2, 0.4, 0.8, 1.6, 3.2)
-"""Pauses between attempts, before jitter: a storage that refuses is given up after some five seconds."""
+"""Pauses between attempts, before jitter. A storage that refuses connections is given up after some five seconds."""
 
 _PATIENCE_S: Final = 20.0
-"""No further attempt once this much time has passed: what times out is not tried six times."""
+"""No attempt begins later than this after the first, so that a storage that times out is not tried six times."""
 
 _BLOCK_BYTES: Final = 4 * 2**20
 _BLOCKS_PER_HANDLE: Final = 8
 """A remote file that is read in pieces (an archive, a Parquet file) is fetched in blocks; the last 32 MiB are kept."""
-
-_S3_SETTINGS: Final = (
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_PROFILE",
-    "AWS_REGION",
-    "AWS_DEFAULT_REGION",
-)
 
 _CLIENT_ERRORS: Final = (
     ("botocore.exceptions", "BotoCoreError"),
     ("botocore.parsers", "ResponseParserError"),
     ("aiohttp", "ClientError"),
 )
-"""Roots of what storage clients raise that is no OSError; looked up where the client is loaded."""
+"""(module, name) of the base classes of what storage clients raise, besides OSError. `_loaded` finds the classes."""
 
 _PASSING_CLIENT_ERRORS: Final = (
     ("botocore.exceptions", "ConnectionError"),
@@ -58,23 +46,25 @@ _PASSING_CLIENT_ERRORS: Final = (
     ("botocore.parsers", "ResponseParserError"),
     ("aiohttp", "ClientError"),
 )
+"""(module, name) of those client errors that can pass."""
 
-_PASSING_ERRNOS: Final = {
+_PASSING_ERRNOS: Final = s3.PASSING_ERRNOS | {
     errno.EAGAIN,
     errno.EBUSY,
     errno.EIO,
     errno.EHOSTUNREACH,
     errno.ENETUNREACH,
     errno.ESTALE,
-    getattr(errno, "EREMOTEIO", errno.EIO),
 }
-"""What can pass: of a network file system, or as s3fs reports 5xx (EREMOTEIO), throttling (EBUSY) and the unknown
-(EIO)."""
+"""Errors that can pass: those of S3, and those of a network file system."""
+
+OBJECT_STORES: Final = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"}
+"""Schemes of the storages where a written file appears whole or not at all.
+
+Elsewhere a file is written under a temporary name and renamed.
+"""
 
 _ONE_FILE: Final = FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError
-
-_ONE_FILE_CODES: Final = {"", "NoSuchKey", "NoSuchVersion", "404", "AccessDenied", "403", "InvalidObjectState"}
-"""S3 error codes about one object. Others that s3fs reports as missing or denied are about the bucket or our keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +73,8 @@ class SourceFile:
 
     Attributes:
         uri: absolute local path, or URL with its scheme; of an archive member `zip://member::archive-uri`.
-        version: ETag, or "size-mtime_ns"; of an archive member "crc32hex-size"; "" where there was no such file.
-        num_bytes: size; of an archive member the decompressed size.
+        version: ETag, or "size-mtime_ns"; of an archive member "crc32hex-size"; "" if there was no such file.
+        num_bytes: size; of an archive member the decompressed size; 0 if the storage does not tell.
     """
 
     uri: str
@@ -93,22 +83,17 @@ class SourceFile:
 
 
 def filesystem(url: str, *, fresh: bool = False) -> tuple[Any, str]:
-    """The fsspec filesystem of a URL that is not local, and the path in it. Thread-safe.
+    """The fsspec filesystem of a URL that is not local, and the path in that filesystem. Thread-safe.
 
     Args:
         url: as `absolute` returns it.
         fresh: forget the listings that the filesystem remembers.
 
     Raises:
-        UsageError: fsspec knows no such protocol, or its package is not installed.
+        UsageError: fsspec knows no such protocol, or the protocol's package is not installed.
     """
-    scheme = url.partition("://")[0]
     try:
-        if scheme in ("s3", "s3a"):
-            fs = _s3(tuple(map(os.environ.get, _S3_SETTINGS)), os.getpid())
-            path = fs._strip_protocol(url)
-        else:
-            fs, path = fsspec.core.url_to_fs(url)
+        fs, path = s3.url_to_fs(url, MAX_CONNECTIONS) if s3.is_s3_url(url) else fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
         raise UsageError(f"A URL must be one that fsspec opens: {describe(error)}. Received: {redact(url)}") from error
     if fresh:
@@ -116,35 +101,12 @@ def filesystem(url: str, *, fresh: bool = False) -> tuple[Any, str]:
     return fs, path
 
 
-@functools.lru_cache(maxsize=8)
-def _s3(_settings: tuple[str | None, ...], _pid: int) -> Any:
-    """One S3 filesystem per process and environment. It remembers no listings and leaves retries to `attempt`."""
-    fs = fsspec.filesystem(
-        "s3",
-        skip_instance_cache=True,
-        use_listings_cache=False,
-        config_kwargs={
-            "connect_timeout": 5,
-            "read_timeout": 15,
-            "max_pool_connections": MAX_CONNECTIONS,
-            "retries": {"mode": "standard", "total_max_attempts": 1},
-        },
-    )
-    fs.retries = 1
-    return fs
-
-
-def is_s3(fs: Any) -> bool:
-    """Whether this is s3fs, whose listings and reads need a hand."""
-    return "s3" in fs.protocol
-
-
 def attempt(url: str, action: Callable[[], T]) -> T:
-    """What `action` returns, tried again with back-off where its failure can pass.
+    """Call `action` and return its result. While it fails with an error that can pass, wait and call it again.
 
     Raises:
-        FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError: about this one file.
-        StorageError: anything else that a storage does wrong.
+        FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError: the error is about this one file.
+        StorageError: the storage failed in any other way.
     """
     started = time.monotonic()
     for wait_s in (*_WAITS_S, None):
@@ -160,7 +122,7 @@ def attempt(url: str, action: Callable[[], T]) -> T:
 
 
 def require(url: str, action: Callable[[], T]) -> T:
-    """As `attempt`, where the whole job needs the file: to be denied it is a `StorageError` too."""
+    """As `attempt`, for a file that the whole job needs: if it is denied, that is a `StorageError` too."""
     try:
         return attempt(url, action)
     except PermissionError as error:
@@ -178,16 +140,16 @@ def _failures() -> tuple[type[Exception], ...]:
 
 
 def _loaded(names: tuple[tuple[str, str], ...]) -> tuple[type[Exception], ...]:
-    """Of those, what has been imported; a module that another thread is importing may not have them yet."""
+    """The classes of these names whose modules are imported: what is not imported raises nothing."""
+    # A module that another thread is importing at this moment may lack the name.
     found = (getattr(sys.modules.get(module), name, None) for module, name in names)
     return tuple(error for error in found if error is not None)
 
 
 def _about_one_file(error: Exception) -> OSError | None:
-    """The error, where it is about a single file and not about its storage."""
+    """`error` as a Python error about one file; None if it is about the storage."""
     if isinstance(error, _ONE_FILE):
-        response = getattr(error.__cause__, "response", None) or {}
-        return error if response.get("Error", {}).get("Code", "") in _ONE_FILE_CODES else None
+        return error if s3.is_about_one_object(error) else None
     if getattr(error, "errno", None) == errno.ENAMETOOLONG or type(error).__name__ == "ParamValidationError":
         return FileNotFoundError(errno.ENOENT, describe(error))
     match getattr(error, "status", None):  # of an HTTP server
@@ -205,7 +167,7 @@ def _can_pass(error: Exception) -> bool:
 
 
 def version_of(info: Mapping[str, Any]) -> str:
-    """A file's version from fsspec's description of it: its ETag, else size and time of change."""
+    """A file's version, from fsspec's or S3's description of the file: its ETag, else its size and time of change."""
     for key in ("ETag", "etag", "md5Hash"):
         if info.get(key):
             return str(info[key]).strip('"')
@@ -218,11 +180,11 @@ def version_of(info: Mapping[str, Any]) -> str:
 
 
 def open_handle(url: str) -> IO[bytes]:
-    """A seekable binary file that is fetched in blocks as it is read; not for more than one thread at a time."""
+    """A seekable binary file. A remote file is fetched in blocks as it is read. For one thread at a time."""
     if is_local(url):
         return open(url, "rb")
     fs, path = filesystem(url)
-    if "memory" in fs.protocol:  # hands out one and the same file object to all
+    if "memory" in fs.protocol:  # its `open` gives every caller the same file object
         return io.BytesIO(fs.cat_file(path))
     cache_options = {"maxblocks": _BLOCKS_PER_HANDLE}
     handle: IO[bytes] = fs.open(

@@ -1,6 +1,7 @@
-"""Finding images. Listings stream: one directory, or one page of an object store, is in memory at a time."""
+"""Finding images. Listings stream: one directory at a time is in memory, or one page of a listing of S3."""
 
 import concurrent.futures
+import functools
 import glob
 import itertools
 import logging
@@ -15,10 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from catdog.errors import UsageError
-from catdog.storage import archives
-from catdog.storage.filesystems import MAX_CONNECTIONS, SourceFile, attempt, filesystem, is_s3, require, version_of
+from catdog.provenance import redact
+from catdog.storage import archives, s3
+from catdog.storage.filesystems import MAX_CONNECTIONS, SourceFile, attempt, filesystem, require, version_of
 from catdog.storage.reading import open_read
-from catdog.storage.urls import absolute, is_local, join, member_uri, redact, split_member
+from catdog.storage.urls import absolute, is_local, join, member_uri, split_member
 
 logger = logging.getLogger(__name__)
 
@@ -26,23 +28,22 @@ _MANIFEST_ROWS: Final = 1024
 """Rows of a manifest whose files are looked up together."""
 
 
-_S3_PAGE: Final = 1000
-"""Objects per page of a listing: the most that S3 gives."""
-
-
 def list_images(url: str) -> Iterator[SourceFile]:
     """Every file of a collection, in a deterministic order.
 
-    `url` is one of: a directory or prefix, read recursively; a glob of files, `.zip` archives among them read in
-    place; one file; a `.zip` archive, read in place, or one member or folder of it; a Parquet manifest whose `uri`
-    column names the files, relative ones as seen from the manifest.
+    `url` is one of:
+    - a directory or prefix, listed recursively;
+    - a glob of files; each `.zip` archive among them is read in place;
+    - one file;
+    - a `.zip` archive, read in place, or one member or one folder of it;
+    - a Parquet manifest, whose column `uri` names the files. A relative name starts at the manifest's directory.
 
-    Names that start with a dot are skipped, and `__MACOSX`. Nothing else is filtered: what is no image becomes an
-    error row. All rows of a manifest come, with those that are there twice, and those that do not exist (their
-    version is "").
+    Names that start with a dot are skipped, and so is `__MACOSX`. Nothing else is filtered: later, a file that is no
+    image becomes an error row. Every row of a manifest gives a file, also if an earlier row named the same file, and
+    also if there is no such file (its version is then "").
 
     Raises:
-        UsageError: there is no such path or no file in it, or a file is not what its name says.
+        UsageError: there is nothing at `url`, or no file in it, or a file is not what its name says.
         StorageError: the storage failed.
     """
     url = absolute(url)
@@ -57,15 +58,15 @@ def list_images(url: str) -> Iterator[SourceFile]:
 
 
 def list_names(url: str, suffix: str = "") -> list[str]:
-    """Sorted names directly under a directory that end in `suffix`; none where there is no directory.
+    """Sorted names directly under a directory that end in `suffix`; none if there is no such directory.
 
-    Names that start with a dot are left out: they are temporary files, or not ours.
+    Names that start with a dot are left out: those files are temporary, or not ours.
     """
     return [name for name in list_all_names(url) if name.endswith(suffix) and not name.startswith(".")]
 
 
 def list_all_names(url: str) -> list[str]:
-    """Sorted names directly under a directory; none where there is no directory."""
+    """Sorted names directly under a directory; none if there is no such directory."""
     url = absolute(url)
 
     def names() -> list[str]:
@@ -82,7 +83,7 @@ def list_all_names(url: str) -> list[str]:
 
 
 def exists(url: str) -> bool:
-    """Whether there is a file or a directory."""
+    """Whether there is a file or a directory at a URL."""
     try:
         _kind(absolute(url))
     except (FileNotFoundError, NotADirectoryError):
@@ -91,7 +92,7 @@ def exists(url: str) -> bool:
 
 
 def _kind(url: str) -> str:
-    """`file` or `directory`; FileNotFoundError where there is neither."""
+    """`file` or `directory`; FileNotFoundError if there is neither."""
 
     def look() -> str:
         if is_local(url):
@@ -155,12 +156,15 @@ def _list_glob(url: str) -> Iterator[SourceFile]:
 
 
 def _walk(directory: str, num_levels: int | None = None, prefix: str | None = None) -> Iterator[SourceFile]:
-    """Visible files under a directory, at most `num_levels` deep. S3 is asked only for URLs with `prefix`."""
+    """Visible files under a directory, at most `num_levels` deep.
+
+    Of S3, only the objects whose URL starts with `prefix` are listed. Other storages list everything.
+    """
     if is_local(directory):
         yield from _walk_local(directory, num_levels, (os.path.realpath(directory),))
         return
     fs, path = filesystem(directory, fresh=True)
-    if is_s3(fs):
+    if s3.is_s3(fs):
         yield from _walk_s3(fs, directory, prefix or directory + "/", flat=num_levels == 1)
     else:
         yield from _walk_any(fs, directory, path, num_levels)
@@ -170,7 +174,7 @@ def _walk_local(directory: str, num_levels: int | None, above: tuple[str, ...]) 
     try:
         entries = require(directory, lambda: sorted(os.scandir(directory), key=lambda found: found.name))
     except FileNotFoundError:
-        return  # gone since it was listed
+        return  # deleted since its parent was listed
     for entry in entries:
         if _is_hidden(entry.name):
             continue
@@ -184,7 +188,7 @@ def _walk_local(directory: str, num_levels: int | None, above: tuple[str, ...]) 
 
 
 def _stat_local(path: str) -> SourceFile | None:
-    """A local file, its version "" where it is gone or a broken link; None for pipes, sockets and devices."""
+    """A local file; None for a pipe, a socket or a device. A missing file or broken link has the version ""."""
     # A name that is not UTF-8 cannot be a uri. Listed with escapes, it ends as a row with the error not_found.
     uri = path if path.isascii() else os.fsencode(path).decode("utf-8", "backslashreplace")
     try:
@@ -198,21 +202,15 @@ def _stat_local(path: str) -> SourceFile | None:
 
 
 def _walk_s3(fs: Any, directory: str, prefix: str, *, flat: bool) -> Iterator[SourceFile]:
-    """Objects whose URL starts with `prefix`, page by page; with `flat` only those directly in the directory."""
-    bucket, _, key_prefix = fs._strip_protocol(prefix).partition("/")
-    bucket_url = prefix[: prefix.index("://") + 3] + bucket
-    if prefix.endswith("/") and key_prefix:
-        key_prefix = key_prefix.rstrip("/") + "/"
-    request = {"Bucket": bucket, "Prefix": key_prefix, "Delimiter": "/" if flat else "", "MaxKeys": _S3_PAGE}
+    """Visible objects whose URL starts with `prefix`; with `flat`, only those directly in the directory."""
+    token = None
     while True:
-        page = require(directory, lambda: fs.call_s3("list_objects_v2", **request))
-        for item in page.get("Contents", ()):
-            url = f"{bucket_url}/{item['Key']}"
+        page = require(directory, functools.partial(s3.list_page, fs, prefix, token, flat=flat))
+        for url, item in page.objects:
             if not url.endswith("/") and not _is_hidden(url[len(directory) + 1 :]):
                 yield SourceFile(url, version_of(item), item["Size"])
-        if not page.get("IsTruncated"):
+        if (token := page.next_token) is None:
             return
-        request["ContinuationToken"] = page["NextContinuationToken"]
 
 
 def _walk_any(fs: Any, directory: str, path: str, num_levels: int | None) -> Iterator[SourceFile]:
@@ -258,7 +256,7 @@ def _resolve(uri: object, directory: str) -> str:
 
 
 def _look_up(uri: str) -> SourceFile:
-    """One file that was named, its version "" where there is none that can be read."""
+    """The file that a manifest names. If nothing can be read there, its version is ""."""
     if is_local(uri):
         return _stat_local(uri) or SourceFile(uri, "", 0)
 

@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees all of one or nothing, and refusing to write among someone else's."""
+"""Writing files. A reader sees a whole file or none, and an output that holds somebody else's files is refused."""
 
 import contextlib
 import fnmatch
@@ -15,22 +15,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from catdog.errors import OutputRefusedError, StorageError
-from catdog.storage.filesystems import attempt, describe, filesystem
+from catdog.provenance import redact
+from catdog.storage.filesystems import OBJECT_STORES, attempt, describe, filesystem
 from catdog.storage.listing import list_all_names, list_names
 from catdog.storage.reading import read_json
-from catdog.storage.urls import absolute, is_local, join, redact
-
-_OBJECT_STORES: Final = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"}
-"""Where a write appears whole or not at all; elsewhere a temporary file is renamed."""
+from catdog.storage.urls import absolute, is_local, join
 
 _TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
 def publish_bytes(url: str, data: bytes) -> None:
-    """Write a file atomically; one that is there already is replaced.
+    """Write a file atomically. A file that is there already is replaced.
 
     Raises:
-        StorageError: it could not be written; nothing is left behind.
+        StorageError: the file could not be written. Nothing of it is left behind.
     """
     _publish(url, lambda file: file.write(data), lambda fs, path: fs.pipe_file(path, data))
 
@@ -51,14 +49,14 @@ def publish_json(url: str, obj: Any) -> None:
 
 
 def publish_parquet(url: str, table: pa.Table, *, row_group_rows: int | None = None) -> None:
-    """Write a Parquet file, in row groups of so many rows (default: one), as `publish_bytes`."""
+    """Write a Parquet file, as `publish_bytes`. Without `row_group_rows`, all rows are one row group."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", row_group_size=row_group_rows)
     publish_bytes(url, buffer.getvalue())
 
 
 def delete(url: str) -> None:
-    """Remove a file or a tree that the caller itself wrote; nothing happens where there is none."""
+    """Remove a file or a directory that the caller itself wrote. If there is none, nothing happens."""
     url = absolute(url)
 
     def remove() -> None:
@@ -75,22 +73,25 @@ def delete(url: str) -> None:
 
 
 def delete_temporaries(url: str) -> None:
-    """Remove what writers that were killed left directly under a directory. One that is still at it fails."""
+    """Remove the temporary files directly under a directory. Writers that were killed leave them.
+
+    A writer that is still alive then fails.
+    """
     for name in list_all_names(url):
         if _TEMPORARY.fullmatch(name):
             delete(join(url, name))
 
 
 def refuse_foreign_output(url: str, markers: Sequence[str], *, says: Mapping[str, str] | None = None) -> None:
-    """Refuse an output that holds something, but nothing that the command writes.
+    """Refuse an output directory that holds files, but none of those that the command writes.
 
     Args:
         url: the output directory.
-        markers: patterns of the names that the command writes directly under it: `("dataset.json", "_runs")`.
-        says: fields of a JSON object that one of these files must hold, where a name alone is no proof.
+        markers: patterns of the names that the command writes directly under `url`: `("dataset.json", "_runs")`.
+        says: fields that the JSON object in one of these files must have. For names that prove nothing by themselves.
 
     Raises:
-        OutputRefusedError: none of the names matches, or the output is a file.
+        OutputRefusedError: none of the files is the command's, or the output is itself a file.
     """
     url = absolute(url)
     if is_local(url) and os.path.isfile(url):
@@ -106,7 +107,7 @@ def refuse_foreign_output(url: str, markers: Sequence[str], *, says: Mapping[str
 
 
 def _says(url: str, fields: Mapping[str, str]) -> bool:
-    """Whether a file is a JSON object with these fields."""
+    """Whether a file holds a JSON object with these fields."""
     try:
         found = read_json(url)
     except (ValueError, IsADirectoryError):
@@ -142,7 +143,7 @@ def _publish_local(path: str, write: Callable[[IO[bytes]], Any]) -> None:
 
 def _publish_remote(url: str, put: Callable[[Any, str], Any]) -> None:
     fs, path = filesystem(url)
-    if url.partition("://")[0] in _OBJECT_STORES:
+    if url.partition("://")[0] in OBJECT_STORES:
         put(fs, path)
         return
     _publish_by_rename(fs, path, put)

@@ -15,12 +15,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from catdog.errors import ImageError, UsageError
+from catdog.storage import s3
 from catdog.storage.archives import read_member
-from catdog.storage.filesystems import MAX_CONNECTIONS, attempt, describe, filesystem, is_s3, open_handle, require
+from catdog.storage.filesystems import MAX_CONNECTIONS, attempt, describe, filesystem, open_handle, require
 from catdog.storage.urls import absolute, is_local, split_member
 
 MAX_BYTES: Final = 128 * 2**20
-"""Largest image file that is read."""
+"""Size of the largest image file that is read."""
+
+_AHEAD_FILES: Final = 2 * MAX_CONNECTIONS
+_AHEAD_BYTES: Final = 32 * 2**20
+"""What one call of `read_sources` reads ahead of its consumer at most, by the sizes that it is told.
+
+One file is read ahead however large it is.
+"""
+
+_GUESSED_BYTES: Final = _AHEAD_BYTES // MAX_CONNECTIONS
+"""What a file of unknown size counts as: 1 MiB, so that each connection has a file to read."""
 
 
 def read_source(uri: str, expected_bytes: int | None = None) -> bytes:
@@ -28,11 +39,11 @@ def read_source(uri: str, expected_bytes: int | None = None) -> bytes:
 
     Args:
         uri: as in `SourceFile.uri`.
-        expected_bytes: its size when it was listed, which spares asking a remote storage for it.
+        expected_bytes: the file's size when it was listed. Without it, a remote storage is asked for the size first.
 
     Raises:
-        ImageError: not_found, permission_denied, too_large or empty_file; where a member of an archive is damaged also
-            truncated, unsupported_format or decode_failed.
+        ImageError: not_found, permission_denied, too_large or empty_file; for a member of an archive also truncated,
+            unsupported_format or decode_failed.
         StorageError: the storage failed.
     """
     try:
@@ -46,7 +57,7 @@ def read_source(uri: str, expected_bytes: int | None = None) -> bytes:
             data = attempt(uri, lambda: _read_remote(uri, expected_bytes))
     except PermissionError as error:
         raise ImageError("permission_denied", describe(error)) from error
-    # A manifest may name what is no file (UsageError, ValueError).
+    # A manifest may name something that is no file: that raises UsageError or ValueError.
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, UsageError, ValueError) as error:
         raise ImageError("not_found", describe(error)) from error
     if not data:
@@ -57,9 +68,13 @@ def read_source(uri: str, expected_bytes: int | None = None) -> bytes:
 def read_sources(
     uris: Sequence[str], expected_bytes: Sequence[int | None] | None = None
 ) -> Iterator[bytes | ImageError]:
-    """The bytes of many images, in order; the `ImageError` of one that cannot be read in its place.
+    """The bytes of many images, in order. In the place of an image that cannot be read comes its `ImageError`.
 
-    Remote files are fetched concurrently, some dozens ahead of the consumer.
+    Remote files are fetched concurrently, ahead of the consumer: up to 64 files, and up to 32 MiB.
+
+    Args:
+        uris: as in `SourceFile.uri`.
+        expected_bytes: the files' sizes when they were listed; None or 0 for an unknown size.
 
     Raises:
         StorageError: the storage failed.
@@ -69,12 +84,16 @@ def read_sources(
         yield from map(_read_or_error, uris, sizes)
         return
     pending: collections.deque[concurrent.futures.Future[bytes | ImageError]] = collections.deque()
+    pending_bytes: collections.deque[int] = collections.deque()
     pool = concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS, thread_name_prefix="catdog-read")
     try:
         for uri, size in zip(uris, sizes, strict=True):
-            pending.append(pool.submit(_read_or_error, uri, size))
-            if len(pending) == 2 * MAX_CONNECTIONS:
+            num_bytes = size or _GUESSED_BYTES
+            while pending and (len(pending) == _AHEAD_FILES or sum(pending_bytes) + num_bytes > _AHEAD_BYTES):
+                pending_bytes.popleft()
                 yield pending.popleft().result()
+            pending.append(pool.submit(_read_or_error, uri, size))
+            pending_bytes.append(num_bytes)
         while pending:
             yield pending.popleft().result()
     finally:
@@ -108,8 +127,7 @@ def _read_whole(url: str) -> bytes:
         with open(url, "rb") as file:
             return file.read()
     fs, path = filesystem(url)
-    # s3fs asks for the size before each read, unless it may not split it.
-    data: bytes = fs.cat_file(path, max_concurrency=1) if is_s3(fs) else fs.cat_file(path)
+    data: bytes = s3.read(fs, path) if s3.is_s3(fs) else fs.cat_file(path)
     return data
 
 
@@ -119,7 +137,7 @@ def _check_size(num_bytes: int) -> None:
 
 
 class _RetryingFile(io.RawIOBase):
-    """A remote file whose reads are tried again."""
+    """A remote file. A read that fails is tried again."""
 
     def __init__(self, url: str, file: IO[bytes]) -> None:
         self._url, self._file = url, file
@@ -149,11 +167,11 @@ class _RetryingFile(io.RawIOBase):
 
 @contextlib.contextmanager
 def open_read(url: str) -> Iterator[IO[bytes]]:
-    """A seekable binary file; a remote one is fetched in blocks as it is read. For one thread at a time.
+    """A seekable binary file. A remote file is fetched in blocks as it is read. For one thread at a time.
 
     Raises:
         FileNotFoundError: there is no such file.
-        StorageError: the storage failed, also while the file is read.
+        StorageError: the storage failed. Reading the file raises it too.
     """
     url = absolute(url)
     with require(url, lambda: open_handle(url)) as file:
@@ -172,11 +190,11 @@ def read_text(url: str) -> str:
 
 
 def read_json(url: str) -> Any:
-    """A JSON file. Errors as `open_read`, and `ValueError` where it is no JSON."""
+    """A JSON file. Errors as `open_read`, and `ValueError` if the file is not JSON."""
     return json.loads(read_bytes(url))
 
 
 def read_parquet(url: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """One Parquet file, or some of its columns. Errors as `open_read`, and `pyarrow.ArrowInvalid` where it is none."""
+    """A Parquet file, or some of its columns. Errors as `open_read`, and `pyarrow.ArrowInvalid` if it is no Parquet."""
     with open_read(url) as file:
         return pq.ParquetFile(file).read(columns=None if columns is None else list(columns))

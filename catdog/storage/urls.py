@@ -1,16 +1,13 @@
 """URLs as text: nothing here touches a storage."""
 
 import os
-import re
 from typing import Final
 
 _LOCAL_SCHEMES: Final = ("file://", "local://")
-_USER_INFO: Final = re.compile(r"(?<=://)[^/@\s]+@")
-_QUERY: Final = re.compile(r"(?<=[^/\s])\?[^\s:]*(X-Amz-Signature|sig|token|key)=[^\s]*", re.IGNORECASE)
 
 
 def absolute(url: str) -> str:
-    """Local paths (also `file://`) as absolute paths without a scheme; other URLs unchanged, less a trailing slash."""
+    """A local path or `file://` URL as an absolute path; any other URL as it is, without slashes at its end."""
     if (member := split_member(url)) is not None:
         return member_uri(member[0], absolute(member[1]))
     for scheme in _LOCAL_SCHEMES:
@@ -32,7 +29,7 @@ def is_local(url: str) -> bool:
 
 
 def split_member(uri: str) -> tuple[str, str] | None:
-    """(member, archive) of `zip://member::archive`; None for any other URL."""
+    """`(member, archive)` of the URL `zip://member::archive`; None for any other URL."""
     if not uri.startswith("zip://") or "::" not in uri:
         return None
     member, _, archive = uri.removeprefix("zip://").rpartition("::")
@@ -42,8 +39,3 @@ def split_member(uri: str) -> tuple[str, str] | None:
 def member_uri(member: str, archive: str) -> str:
     """The fsspec chained URL of a member of an archive."""
     return f"zip://{member}::{archive}"
-
-
-def redact(text: str) -> str:
-    """`text`, a URL or a message that holds some, without passwords and signatures."""
-    return _QUERY.sub("?***", _USER_INFO.sub("***@", text))

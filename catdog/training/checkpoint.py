@@ -1,4 +1,4 @@
-"""Training checkpoints: one file each, published atomically, verified on load.
+"""Training checkpoints: each is one file, published atomically and verified when it is loaded.
 
 `OUTPUT/_checkpoints/step-00001200-<digest>.npz` holds the state after 1,200 optimizer steps. Its name carries the
 first 16 hex digits of its content's SHA-256: a file that was cut short or altered is passed over for the one before it.
@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from catdog import storage
 from catdog.errors import TrainingError
+from catdog.training.history import HistoryRow
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ NUM_KEPT: Final = 2
 """The newest, and the one before it in case the newest is damaged."""
 
 CONFIG_NAME: Final = "train.json"
-"""Beside them, the configuration that they belong to. It is written first, and makes the output a training's."""
+"""The configuration that an output's checkpoints belong to. It is written first, and makes the output a training's."""
 
 _NAME: Final = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.npz")
 
@@ -37,29 +38,33 @@ class Checkpoint:
     """The state of a training after a number of optimizer steps."""
 
     step: int
-    """Steps done: with the configuration's seed, also the position in the data and of every random choice."""
+    """Steps done. With the configuration's seed they fix the position in the data, and every random choice to come."""
 
-    history: list[dict[str, float]]
-    """A row per epoch done, as in `history.csv`."""
+    history: list[HistoryRow]
+    """A row for every epoch that is done."""
 
     sums: dict[str, float]
-    """What the chief has added up in an epoch that is not done."""
+    """What all workers have added up in the epoch that is not done yet."""
+
+    precision: str | None
+    """The number format that the training computes in; None if a version of catdog saved it that did not say."""
 
     arrays: dict[str, list[npt.NDArray[Any]]]
     """Variables of the model, of the optimizer, and of the running average."""
 
 
 def save(output: str, checkpoint: Checkpoint) -> None:
-    """Publish a checkpoint, then prune all but this and the last before it, `NUM_KEPT` together.
+    """Publish a checkpoint, then delete all others but the last ones before it: `NUM_KEPT` are left.
 
-    What is there of this step or a later one was passed over as damaged, or is from workers that are gone.
+    A checkpoint of this step or a later one is deleted, too: it was damaged, or workers that are gone saved it.
     """
     named = {
         f"{group}-{index:04d}": array
         for group, arrays in checkpoint.arrays.items()
         for index, array in enumerate(arrays)
     }
-    meta = json.dumps({"step": checkpoint.step, "history": checkpoint.history, "sums": checkpoint.sums})
+    names = ("step", "history", "sums", "precision")
+    meta = json.dumps({name: getattr(checkpoint, name) for name in names})
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, meta=np.frombuffer(meta.encode(), np.uint8), **named)
     data = buffer.getvalue()
@@ -84,7 +89,7 @@ def load_latest(output: str) -> Checkpoint | None:
 
 
 def latest_step(output: str) -> int:
-    """The step of the newest checkpoint, unread; -1 where there is none."""
+    """The step that the name of the newest checkpoint says; -1 where there is none."""
     return max((step for step, _ in _names(output)), default=-1)
 
 
@@ -129,4 +134,10 @@ def _load(url: str) -> Checkpoint | None:
         for name in sorted(archive.files):
             if name != "meta":
                 arrays.setdefault(name.rsplit("-", 1)[0], []).append(archive[name])
-    return Checkpoint(step=meta["step"], history=meta["history"], sums=meta["sums"], arrays=arrays)
+    return Checkpoint(
+        step=meta["step"],
+        history=meta["history"],
+        sums=meta["sums"],
+        precision=meta.get("precision"),
+        arrays=arrays,
+    )

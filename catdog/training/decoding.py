@@ -1,8 +1,8 @@
-"""A split in chunks, and their decoding by Ray tasks.
+"""A split in chunks, and the Ray tasks that decode them.
 
-A chunk is some hundred consecutive rows of a shard. Tasks decode them, on whatever nodes have CPUs to spare, into the
-object store, where every worker of a node sees the same pixels without a copy. Where a split fits there, it is decoded
-once for the whole training and for every restart of its workers; where not, as the workers ask for it.
+A chunk is some hundred consecutive rows of a shard. Tasks decode chunks on whatever nodes have CPUs to spare, and put
+the pixels into the object store, where all workers of a node see them without a copy. A split that fits there is
+decoded once, for the whole training and every restart of its workers. Another one is decoded as the workers ask for it.
 
 Shapes: `N` images in a split; `S` pixels per side; `C` = 3.
 """
@@ -67,7 +67,7 @@ class Source:
     """`S`."""
 
     decoded: Sequence[ray.ObjectRef[Any]] | None
-    """What `decode` made of every chunk, where the split is held in memory; None where it is streamed."""
+    """Every chunk decoded, where the split is held in memory; None where it is streamed."""
 
     @property
     def num_images(self) -> int:
@@ -75,7 +75,7 @@ class Source:
         return sum(chunk.num_rows for chunk in self.chunks)
 
     def fetch(self, index: int) -> ray.ObjectRef[Any]:
-        """The batch that holds a chunk; a task decodes it now, unless it is in memory."""
+        """A chunk as one batch. Unless the chunk is in memory, a task begins to decode it now."""
         return self.decoded[index] if self.decoded is not None else decode.remote(self.chunks[index], self.image_size)
 
 
@@ -86,8 +86,27 @@ def source(info: reading.DatasetInfo, split: str, image_size: int, *, in_memory:
     return Source(chunks=parts, image_size=image_size, decoded=decoded)
 
 
+def sources(info: reading.DatasetInfo, image_size: int, *, in_memory: bool | None) -> tuple[Source, Source]:
+    """The splits `train` and `val` for workers to read. What is held in memory is decoded when this returns.
+
+    Args:
+        info: the dataset.
+        image_size: `S`.
+        in_memory: whether to hold both splits in memory; None does so where they fit.
+    """
+    if in_memory is None:
+        num_images = info.num_images("train") + info.num_images("val")
+        in_memory = fits_in_memory(num_images, image_size, ray.nodes())
+        if not in_memory:
+            logger.info("The images are streamed: decoded, they do not fit in the object store of every node")
+    train, val = (source(info, split, image_size, in_memory=in_memory) for split in ("train", "val"))
+    # While tasks are waiting for CPUs the workers would not get theirs, and Ray Train would give up after a minute.
+    wait_until_decoded(train, val)
+    return train, val
+
+
 def wait_until_decoded(*sources: Source) -> None:
-    """Wait for what is to be held in memory. An error met on the way is left for the workers to raise."""
+    """Wait for the splits that are held in memory. An error met on the way is left for the workers to raise."""
     num_chunks = len(pending := [ref for source in sources for ref in source.decoded or []])
     while pending:
         _, pending = ray.wait(pending, num_returns=len(pending), timeout=REPORT_INTERVAL_S, fetch_local=False)

@@ -1,10 +1,10 @@
 """Each worker's batches of a split.
 
-Held in memory, every batch is a slice of one order of all images. Streamed, each worker has chunks of its own decoded a
-few ahead of its steps, across the ends of epochs.
+Where a split is held in memory, all its images are put in one order, and every batch is a slice of that. Where it is
+streamed, each worker has chunks of its own decoded, a few ahead of its steps, also across the end of an epoch.
 
-The batches are a function of the seed, the epoch and the step alone: a training that goes on after a crash sees what it
-would have seen. Held in memory, they do not depend on the number of workers either.
+The batches depend on the seed, the epoch and the step alone, so a training that goes on after a crash sees the images
+that it would have seen. Where a split is held in memory, the batches do not depend on the number of workers either.
 
 Shapes: `N` images in a split; `B` images in this worker's share of a batch; `S` pixels per side; `C` = 3.
 """
@@ -32,7 +32,7 @@ PATIENCE_S: Final = 10.0
 """How long a worker waits for its next chunk before it decodes the chunk itself."""
 
 _PULL_S: Final = 1.0
-"""The same for a chunk that is in memory, perhaps another node's, once one did not come in time."""
+"""How long a worker waits for a chunk that is in memory, perhaps in another node's, once a chunk has come too late."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,21 +55,21 @@ class Share:
         return (self.rank + 1) * self.batch_size // self.num_workers
 
 
-Row = tuple[npt.NDArray[np.uint8], np.int8]
+Example = tuple[npt.NDArray[np.uint8], np.int8]
 """One image, SSC, and its label."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Window:
-    """Chunks whose images a worker that streams shuffles together."""
+    """Chunks that a worker streams, and whose images it shuffles together."""
 
     seed: tuple[int, ...] | None
     chunks: Sequence[int]
     wanted: range
-    """Which rows, of these in their new order: neither those before the checkpoint nor those after the epoch."""
+    """Which images, by their places in the new order: not those before the checkpoint, nor those after the epoch."""
 
-    def rows(self, pieces: Sequence[Batch]) -> Iterator[Row]:
-        """The images of what `decode` made of the chunks, in their new order."""
+    def rows(self, pieces: Sequence[Batch]) -> Iterator[Example]:
+        """The wanted images, in their new order, out of `pieces`: the decoded chunks."""
         offsets = np.cumsum([0, *(len(labels) for _, labels in pieces)])
         order = np.arange(offsets[-1])
         if self.seed is not None:
@@ -87,15 +87,15 @@ class Feed:
         self._offsets = np.cumsum([0, *(chunk.num_rows for chunk in source.chunks)])
         self._held: list[Batch] | None = None
         self._patience_s = PATIENCE_S
-        self._streamed: Iterator[Row] | None = None
+        self._streamed: Iterator[Example] | None = None
         self._next: tuple[int | None, int, range] | None = None
-        """Seed, epoch and steps that `_streamed` goes on with."""
+        """The seed, the epoch and the steps whose images `_streamed` yields next."""
 
     def train_batches(self, *, seed: int | None, epoch: int, steps: range) -> Generator[Batch]:
-        """This worker's share of an epoch's batches, made ready in a thread of its own while the worker computes.
+        """This worker's share of an epoch's batches. A thread makes them ready while the worker computes.
 
         Args:
-            seed: with `epoch`, of the order of the images; None keeps the shards' order.
+            seed: decides, with `epoch`, the order of the images; None keeps the shards' order.
             epoch: which epoch, from 0.
             steps: which of the epoch's steps: from one of them to its last.
         """
@@ -114,7 +114,7 @@ class Feed:
                 yield place, pixels[start : start + batch_size], labels[start : start + batch_size]
 
     def _gather(self, seed: int | None, epoch: int, steps: range) -> Iterator[Batch]:
-        """Out of memory: a batch is a slice of one order of all images, and ours a slice of that."""
+        """The batches of a split that is held in memory."""
         if self._held is None:
             self._held = list(self._fetch(range(len(self._source.chunks))))
         order_N = np.arange(self._offsets[-1])
@@ -127,9 +127,10 @@ class Feed:
             yield _batch((self._held[chunk][0][row], self._held[chunk][1][row]) for chunk, row in places)
 
     def _stream(self, seed: int | None, epoch: int, steps: range) -> Iterator[Batch]:
-        """Chunk by chunk: every worker has chunks of its own, and begins again where they do not last the epoch.
+        """The batches of a split that is streamed, chunk by chunk.
 
-        What is decoded ahead at the end of an epoch is the next one's.
+        Every worker has chunks of its own, and begins with them again where they do not last for the epoch. What is
+        decoded ahead at the end of an epoch belongs to the next epoch.
         """
         if self._streamed is None or self._next != (seed, epoch, steps):
             self._streamed = self._streamed_rows(seed, epoch, steps)
@@ -138,7 +139,7 @@ class Feed:
             yield _batch(itertools.islice(self._streamed, self._share.stop - self._share.start))
         self._next = (seed, epoch + 1, range(steps.stop))
 
-    def _streamed_rows(self, seed: int | None, epoch: int, steps: range) -> Iterator[Row]:
+    def _streamed_rows(self, seed: int | None, epoch: int, steps: range) -> Iterator[Example]:
         """This worker's images from one of an epoch's steps on, and those of all epochs after it."""
         windows, ahead = itertools.tee(self._windows(seed, epoch, steps))
         fetched = self._fetch(index for window in ahead for index in window.chunks)
@@ -170,10 +171,10 @@ class Feed:
             num_seen = 0
 
     def _fetch(self, indices: Iterable[int]) -> Iterator[Batch]:
-        """The batches of chunks, in order; `NUM_AHEAD` of them are being decoded while one is worked on.
+        """The decoded chunks, in order. While the worker uses one, the next `NUM_AHEAD` are being decoded.
 
-        Tasks wait for ever where training workers, or other jobs, hold every CPU of the cluster, and so does what was
-        in the memory of a node that is gone: then it is this worker that decodes.
+        A task waits for ever where training workers, or other jobs, hold every CPU of the cluster, and a chunk in the
+        memory of a node that is gone never comes. In both cases this worker decodes the chunk itself.
         """
         remaining = iter(indices)
         pending: collections.deque[tuple[int, ray.ObjectRef[Any]]] = collections.deque()
@@ -196,12 +197,12 @@ class Feed:
 
 
 def _places(offsets: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> tuple[list[int], list[int]]:
-    """Of rows of many pieces in a row: which piece each is in, and where there."""
+    """Which piece each row is in, and its place there, where rows are counted through all the pieces."""
     pieces = np.searchsorted(offsets, rows, side="right") - 1
     return pieces.tolist(), (rows - offsets[pieces]).tolist()
 
 
-def _batch(rows: Iterable[Row]) -> Batch:
+def _batch(rows: Iterable[Example]) -> Batch:
     pixels, labels = zip(*rows, strict=True)
     return np.stack(pixels), np.array(labels, np.int8)
 

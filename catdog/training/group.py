@@ -2,61 +2,83 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import tempfile
 import time
 import uuid
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
 import ray
 import ray.train
-from ray.train.tensorflow import TensorflowTrainer
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-from catdog import bundle, storage
-from catdog.config import TrainConfig
+from catdog import architectures, bundle, provenance, ray_internals, storage
 from catdog.errors import CatdogError, TrainingError
-from catdog.training import checkpoint
-from catdog.training.loop import Plan
+from catdog.training import checkpoint, decoding, progress
+from catdog.training.loop import Briefing, train_loop
+from catdog.training.observers import ObserverFactory
+from catdog.training.progress import Teller
+from catdog.training.recorder import Recorder
+from catdog.training.request import Request, ResolvedTrainConfig
 
 logger = logging.getLogger(__name__)
 
-TrainLoop = Callable[[dict[str, Any]], None]
-"""What every worker runs."""
-
 RESOURCES_TIMEOUT_S: Final = 10
-"""For nodes that are just joining the cluster."""
+"""How long to wait for nodes that are just joining the cluster."""
 
 RESIZE_INTERVAL_S: Final = 60.0
 """How often a training with fewer workers than asked for looks for room for more of them."""
 
 
-class _Trainer(TensorflowTrainer):  # type: ignore[misc]
-    def _register_sigint_handler(self, controller: object) -> None:
-        """Leave Ctrl-C as it is, and so to who called: Ray's own way ends the process, with exit code 1."""
+def run(request: Request, *, in_memory: bool | None, observers: Sequence[ObserverFactory]) -> None:
+    """Have a group of workers train, until the output holds the model.
 
-    def _create_default_callbacks(self) -> list[object]:
-        """But for those that have nothing to do: each has a process, and every process of Ray costs a little.
+    Args:
+        request: what to train.
+        in_memory: hold the decoded images in the object store, or stream them; None: whatever fits.
+        observers: what watches every worker.
 
-        There are no Ray datasets. And who is to notice a controller's death asks Ray's dashboard for it: where
-        there is none, that waits ten seconds for an answer before a group of workers can end.
-        """
-        left_out = [DatasetsCallback]
-        if not ray._private.worker.get_dashboard_url():
-            left_out.append(PlacementGroupCleanerCallback)
-        return [each for each in super()._create_default_callbacks() if not isinstance(each, tuple(left_out))]
+    Raises:
+        TrainingError: the workers kept failing, or the cluster cannot hold them.
+    """
+    config, info = request.config, request.info
+    check_resources(config)
+    if config.weights == "none" and architectures.architecture(config.arch).has_backbone:
+        logger.warning("%s is made to be fine-tuned: from random weights it learns badly", config.arch)
+    train, val = decoding.sources(info, config.image_size, in_memory=in_memory)
+    with progress.followed() as queue, tempfile.TemporaryDirectory() as scratch:
+        briefing = Briefing(
+            config=config,
+            steps_per_epoch=info.num_images("train") // config.batch_size,
+            train=train,
+            val=val,
+            weights=None if request.weights is None else ray.put(request.weights),
+            card={
+                "data_digest": info.digest,
+                "pretrained_weights": architectures.weights_source(config.arch, config.weights),
+                "versions": provenance.versions(),
+            },
+            observers=tuple(observers),
+            chief_observers=(Recorder, functools.partial(Teller, queue)),
+        )
+        _run_until_done(briefing, scratch)
 
 
-def run(plan: Plan, train_loop: TrainLoop, scratch: str) -> None:
-    """Run the workers, again from the last checkpoint when they fail, as long as that leads any further."""
-    config = plan.config
+def _run_until_done(briefing: Briefing, scratch: str) -> None:
+    """Run the workers, and when they fail run them again from the last checkpoint, as long as that leads any further.
+
+    Args:
+        briefing: what every worker is told.
+        scratch: a local directory.
+    """
+    config = briefing.config
     num_workers = config.num_workers
     num_failures, reached = 0, checkpoint.latest_step(config.output)
     while True:
-        trainer = _Trainer(
+        trainer = ray_internals.tensorflow_trainer(
             train_loop,
-            train_loop_config={"plan": plan},
+            train_loop_config={"briefing": briefing},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=num_workers if config.min_workers is None else (config.min_workers, num_workers),
                 use_gpu=config.use_gpu,
@@ -73,16 +95,17 @@ def run(plan: Plan, train_loop: TrainLoop, scratch: str) -> None:
         )
         try:
             trainer.fit()
-        except ray.exceptions.RayActorError as error:  # Ray keeps the workers' CPUs until this process has ended
+        except ray.exceptions.RayActorError as error:
+            # No restart: Ray keeps the workers' CPUs until this process has ended.
             raise TrainingError(
                 "the controller of the workers must live; the same command again goes on from the last checkpoint. "
                 "Received: it died"
             ) from error
         except ray.train.TrainingFailedError as error:
             if (ours := _own_error(error)) is not None:
-                raise ours from error  # it would come again
+                raise ours from error  # a restart would end in the same error
             if storage.exists(storage.join(config.output, bundle.CARD_NAME)):
-                return  # nothing was left to do
+                return  # the workers failed when they were done
             failure = TrainingError(f"the training workers must finish. Received: {_text(error)}")
             step = checkpoint.latest_step(config.output)
             num_failures, reached = (num_failures + 1 if step == reached else 1), step
@@ -93,8 +116,12 @@ def run(plan: Plan, train_loop: TrainLoop, scratch: str) -> None:
             return
 
 
-def check_resources(config: TrainConfig) -> None:
-    """Refuse what this cluster cannot hold; Ray would wait for it for ever."""
+def check_resources(config: ResolvedTrainConfig) -> None:
+    """Refuse a training that this cluster cannot hold: Ray would wait for ever.
+
+    Raises:
+        TrainingError: the cluster lacks resources.
+    """
     deadline = time.monotonic() + RESOURCES_TIMEOUT_S
     while (lack := _lack(config)) is not None:
         if time.monotonic() > deadline:
@@ -102,7 +129,7 @@ def check_resources(config: TrainConfig) -> None:
         time.sleep(1)
 
 
-def _lack(config: TrainConfig) -> str | None:
+def _lack(config: ResolvedTrainConfig) -> str | None:
     """What the cluster must have, and what it has instead; None if it can hold the training."""
     num_workers = config.min_workers or config.num_workers
     each = _resources_per_worker(config)
@@ -123,30 +150,23 @@ def _lack(config: TrainConfig) -> str | None:
     return None
 
 
-def _resources_per_worker(config: TrainConfig) -> dict[str, int]:
+def _resources_per_worker(config: ResolvedTrainConfig) -> dict[str, int]:
     return {"CPU": config.cpus_per_worker, **({"GPU": 1} if config.use_gpu else {})}
 
 
 def _own_error(error: Exception) -> CatdogError | None:
-    """The error of ours that a worker raised, if one did; the others then failed because of it."""
+    """The catdog error that a worker raised, if one did. The other workers then failed because of it."""
     for failure in getattr(error, "worker_failures", {}).values():
-        cause: BaseException | None = failure
-        while cause is not None and not isinstance(cause, CatdogError):
-            # Ray wraps what a worker raised, in more than one way.
-            cause = getattr(cause, "_base_exc", None) or getattr(cause, "cause", None) or cause.__cause__
-        if cause is not None:
-            return cause
+        for cause in ray_internals.causes(failure):
+            if isinstance(cause, CatdogError):
+                return cause
     return None
 
 
 def _text(error: Exception) -> str:
-    """What went wrong, in a line. Of a worker that died Ray tells at length what kills workers."""
+    """What went wrong, in one line. Of a worker that died, Ray says at length what kills workers."""
     failures = getattr(error, "worker_failures", {})
-    died = (
-        rank
-        for rank, failure in failures.items()
-        if isinstance(getattr(failure, "health_check_failure", None), ray.exceptions.RayActorError)
-    )
-    if (rank := next(died, None)) is not None:
-        return f"worker {rank} died"
+    for rank, failure in failures.items():
+        if ray_internals.is_lost_worker(failure):
+            return f"worker {rank} died"
     return " ".join(str(next(iter(failures.values()), error)).split())[-500:]

@@ -1,4 +1,4 @@
-"""A generator that runs ahead of its use, in a thread of its own."""
+"""Making items in a thread before they are used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ItemT = TypeVar("ItemT")
 
 
 def prefetched(items: Iterator[ItemT], depth: int) -> Generator[ItemT]:
-    """The same items, up to `depth` of them made in a thread ahead of their use."""
+    """The same items. A thread makes them, up to `depth` of them before they are used."""
     ready: queue.Queue[tuple[ItemT | None, BaseException | None]] = queue.Queue(depth)
     left = threading.Event()
 

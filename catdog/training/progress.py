@@ -1,86 +1,62 @@
-"""How far a training is: told by its first worker, logged by the driver."""
+"""How far a training is: the chief tells it, and the driver logs it."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import threading
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from catdog.training.recorder import Row
+from catdog.training.history import HistoryRow
+from catdog.training.observers import Observer, Tick, WorkerInfo
 
 logger = logging.getLogger(__name__)
 
-INTERVAL_S: Final = 10.0
-"""Between two lines within an epoch."""
+PATIENCE_S: Final = 10.0
+"""How long the end of a training waits for its last line to reach the driver."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tick:
-    """Somewhere in an epoch."""
+class Teller(Observer):
+    """Hands every tick and every epoch's row to the driver, through the queue of `followed`.
 
-    epoch: int
-    """From 1."""
+    It waits for no answer: a training goes on, unheard, where the queue's actor is gone or cannot be reached.
+    """
 
-    num_epochs: int
-    step: int
-    """Of the epoch, from 1."""
-
-    steps_per_epoch: int
-    loss: float
-    """Mean of the epoch so far; of the first worker's images."""
-
-    images_per_s: float
-    eta_s: float
-
-    def __str__(self) -> str:
-        """One line."""
-        return (
-            f"Epoch {self.epoch}/{self.num_epochs}, step {self.step}/{self.steps_per_epoch}: "
-            f"loss {self.loss:.4f}; {self.images_per_s:,.0f} images/s, {duration(self.eta_s)} left"
-        )
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min` or `3 h 05 min`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
-class Teller:
-    """The first worker's side: a tick every `INTERVAL_S`, a row after every epoch."""
-
-    def __init__(self, queue: Any) -> None:
+    def __init__(self, queue: Any, worker: WorkerInfo) -> None:
+        del worker
         self._queue = queue
-        self._told = time.monotonic()
+        self._told: list[Any] = []
+        """The last call of the queue's actor, once there is one."""
 
-    def is_due(self) -> bool:
-        """Whether it is time for a tick."""
-        return time.monotonic() - self._told >= INTERVAL_S
+    def ticked(self, tick: Tick) -> None:
+        """Tell it."""
+        self._tell(tick)
 
-    def tell(self, item: Tick | Row) -> None:
-        """Hand it to the driver. Without the queue's actor the training goes on, unheard."""
-        from ray.exceptions import RayActorError
+    def epoch_done(self, history: Sequence[HistoryRow]) -> None:
+        """Tell the last row."""
+        self._tell(history[-1])
 
-        with contextlib.suppress(RayActorError):
-            self._queue.put(item)
-        self._told = time.monotonic()
+    def close(self) -> None:
+        """Wait until the last item has arrived; the driver stops listening when the workers have ended."""
+        import ray
+
+        if self._told:
+            ray.wait(self._told, timeout=PATIENCE_S)
+
+    def _tell(self, item: Tick | HistoryRow) -> None:
+        self._told = [self._queue.actor.put.remote(item)]
 
 
 @contextlib.contextmanager
 def followed() -> Iterator[Any]:
-    """A queue for a `Teller`, whose items are logged as they come."""
+    """A queue for a `Teller`. What comes through it is logged."""
     import ray
     from ray.exceptions import RayActorError
     from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # On the driver's own node, which must not be lost anyway.
+    # On the driver's own node: a training does not outlive that one anyway.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
 

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Final, TypeVar
-
-ValueT = TypeVar("ValueT", int, float)
+from typing import Any, Final
 
 WARMUP_FRACTION: Final = 0.1
 """Share of a stage's steps in which the learning rate rises linearly from 0 to its peak."""
 
-
 MIN_CROP_PX: Final = 32
-"""Per side: what is left of fewer pixels behind five layers of stride 2 is none."""
-
-
-def resolved(value: ValueT | None) -> ValueT:
-    """A field that the driver has filled from the recipe."""
-    if value is None:
-        raise ValueError("the plan's configuration must have no field left to the recipe")
-    return value
+"""Pixels per side. Five layers of stride 2 leave nothing of fewer."""
 
 
 def crop_size(crop_scales: Sequence[float], image_size: int, epoch: int, num_epochs: int) -> int:
-    """Pixels per side of the training images in an epoch, from 0: each of `crop_scales` rules its share of them all."""
+    """Pixels per side of an epoch's training images; epochs count from 0. Each of `crop_scales` has as many epochs."""
     return max(MIN_CROP_PX, round(crop_scales[epoch * len(crop_scales) // num_epochs] * image_size))
 
 

@@ -9,34 +9,38 @@ Shapes: `B` images in this worker's share of a batch; `S` pixels per side; `C` =
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from catdog import architectures, augment
-from catdog.config import Precision, TrainConfig
-from catdog.engines import has_bfloat16
+from catdog.config import Precision
+from catdog.hardware import has_bfloat16
 from catdog.training import schedule
 from catdog.training.feed import Share
-from catdog.training.schedule import resolved
+from catdog.training.request import ResolvedTrainConfig
 
 if TYPE_CHECKING:
     import tensorflow as tf
 
 Arrays = list[npt.NDArray[Any]]
 
+PRECISIONS: Final = ("float32", "bfloat16", "float16")
+"""Number formats of the layers' arithmetic. The weights are float32 with each of them."""
+
 
 def resolve_precision(precision: Precision) -> str:
     """The precision to compute in on this machine: `auto` is bfloat16 where the hardware has it, else float32.
 
-    An NVIDIA GPU has it from compute capability 8.0 on.
+    The hardware is the first GPU that TensorFlow may use, or else the CPU. An NVIDIA GPU has bfloat16 from compute
+    capability 8.0 on.
     """
     import tensorflow as tf
 
     if precision != "auto":
         return precision
-    gpus = tf.config.list_physical_devices("GPU")
+    gpus = tf.config.get_visible_devices("GPU")
     if gpus:
         capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0))
         return "bfloat16" if capability >= (8, 0) else "float32"
@@ -44,31 +48,33 @@ def resolve_precision(precision: Precision) -> str:
 
 
 class Learner:
-    """One worker's model, its running average and its optimizer, and the collective steps that train and measure them.
+    """One worker's model, the running average of its weights, its optimizer, and the steps that train and measure them.
 
     Every worker of the group calls the same methods in the same order, except for `logits`, which is local.
     """
 
-    def __init__(self, config: TrainConfig, share: Share, *, steps_per_epoch: int, precision: str) -> None:
+    def __init__(self, config: ResolvedTrainConfig, share: Share, *, steps_per_epoch: int, precision: str) -> None:
         """Build the model and the optimizer, the same on every worker.
 
         Args:
-            config: with no field left to the recipe.
+            config: what to train, and how.
             share: this worker's share of a batch.
             steps_per_epoch: optimizer steps per epoch; the learning rate's schedule spans all epochs.
-            precision: float32, bfloat16 or float16.
+            precision: one of `PRECISIONS`. The first worker's holds for the whole group.
         """
         import keras
         import tensorflow as tf
 
-        self.precision = precision
         self._config = config
         self._share = share
         self._recipe = architectures.architecture(config.arch).recipe
-        image_size = resolved(config.image_size)
+        image_size = config.image_size
         keras.utils.set_random_seed(config.seed)
-        keras.config.set_dtype_policy("float32" if precision == "float32" else f"mixed_{precision}")
         self._strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        self._run_sum = self._compile(self._replica_sum, tf.TensorSpec((None,), tf.float64))
+        choice = PRECISIONS.index(precision) if share.rank == 0 else 0
+        self.precision = PRECISIONS[int(self.sum_over_workers(choice))]
+        keras.config.set_dtype_policy("float32" if self.precision == "float32" else f"mixed_{self.precision}")
         with self._strategy.scope():
             self.model = architectures.build_model(config.arch, image_size)
             self._logits_model = architectures.logits_model(self.model)
@@ -76,7 +82,7 @@ class Learner:
             """The model with the running average of the weights: what is validated and saved."""
             self._average_logits_model = architectures.logits_model(self.average)
             self.optimizer = self._build_optimizer(steps_per_epoch)
-            if precision == "float16":
+            if self.precision == "float16":
                 self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
             self.optimizer.build(self.model.trainable_variables)
         self.reset_average()
@@ -95,18 +101,17 @@ class Learner:
         self._images_spec = tf.TensorSpec((None, image_size, image_size, 3), tf.uint8)
         self._train_steps: dict[tuple[int, bool], Any] = {}
         self._run_logits = self._compile(self._replica_logits, self._images_spec)
-        self._run_sum = self._compile(self._replica_sum, tf.TensorSpec((None,), tf.float64))
 
     def _build_optimizer(self, steps_per_epoch: int) -> Any:
         import keras
 
         recipe = self._recipe
-        head_steps = resolved(self._config.head_epochs) * steps_per_epoch
+        head_steps = self._config.head_epochs * steps_per_epoch
         rate = schedule.learning_rate_schedule(
             head_rate=recipe.head_learning_rate,
             head_steps=head_steps,
-            peak_rate=resolved(self._config.learning_rate),
-            num_steps=resolved(self._config.epochs) * steps_per_epoch - head_steps,
+            peak_rate=self._config.learning_rate,
+            num_steps=self._config.epochs * steps_per_epoch - head_steps,
         )
         optimizer = keras.optimizers.AdamW(rate, weight_decay=recipe.weight_decay)
         optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
@@ -135,7 +140,7 @@ class Learner:
         Args:
             images_BSSC: this worker's share, 0 to 255.
             labels_B: class indices.
-            step: from 0; with the configuration's seed, it draws the augmentation, whoever computes it.
+            step: counts from 0. It decides the augmentation, together with the configuration's seed.
             crop_size: pixels per side of the augmented images.
             head_only: leave the backbone as it is.
 
@@ -156,11 +161,11 @@ class Learner:
         return self._train_steps[key](images_BSSC, labels_B.astype(np.float32), seed)
 
     def logits(self, images_BSSC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Logits of the averaged model, float32 (B,), as the saved model gives them. Local."""
+        """Logits of the averaged model, float32 (B,), as the saved model gives them. A worker may call this alone."""
         return np.asarray(self._run_logits(images_BSSC))
 
     def sum_over_workers(self, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """The sum of every worker's `values`, float64, the same on every worker. All give the same shape."""
+        """The sum of all workers' `values`, float64; every worker gets the same. All `values` must have one shape."""
         array = np.asarray(values, np.float64)
         return np.asarray(self._run_sum(array.ravel())).reshape(array.shape)
 
@@ -238,7 +243,7 @@ class Learner:
         gradients = tape.gradient(loss, weights)
         # One collective for all gradients: on a network a few large messages are faster than many small ones.
         flat = tf.concat([tf.reshape(gradient, [-1]) for gradient in gradients], axis=0)
-        if self.precision == "bfloat16":  # in which they were computed: half as many bytes to send
+        if self.precision == "bfloat16":  # they were computed in it, and it is half as many bytes to send
             flat = tf.cast(flat, tf.bfloat16)
         flat = tf.cast(tf.distribute.get_replica_context().all_reduce("SUM", flat), tf.float32)
         parts = tf.split(flat, [weight.shape.num_elements() for weight in weights])
@@ -251,7 +256,8 @@ class Learner:
         """Move the average towards the weights."""
         import tensorflow as tf
 
-        # As slow as that only once there is something to remember: TensorFlow's ExponentialMovingAverage does the same.
+        # The first steps count for more, since the average has little to remember yet: as TensorFlow's
+        # ExponentialMovingAverage has it.
         done = tf.cast(self.optimizer.iterations, tf.float32)
         decay = tf.minimum(self._recipe.average_decay, (1.0 + done) / (10.0 + done))
         for average, variable in self._averaged:
@@ -269,7 +275,7 @@ class Learner:
     def _replica_sum(self, values: tf.Tensor) -> tf.Tensor:
         import tensorflow as tf
 
-        # The reduction goes where its input is; an argument is nowhere yet.
+        # The sum is computed on the device that holds the input. An argument is on no device yet, its copy is.
         return tf.distribute.get_replica_context().all_reduce("SUM", tf.identity(values))
 
 

@@ -1,0 +1,139 @@
+"""The command line: configuration dataclasses to commands, logging, exit codes.
+
+`catdog COMMAND` and `python -m jobs.COMMAND` both end in `main`. Nothing heavy is imported until a job runs, so that
+`--help` and `--dry-run` answer at once.
+
+Exit codes: 0 done; 1 the job failed; 2 bad usage or configuration; 3 done, but more images failed than
+`--max-failed-fraction` allows; 130 interrupted (Ctrl-C); 143 terminated (SIGTERM).
+"""
+
+import contextlib
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import Any, Final, NoReturn
+
+from catdog import __version__, provenance, streams
+from catdog.cli.commands import COMMANDS
+from catdog.cli.parsing import CommonFlags, parse
+from catdog.config import PredictConfig, TrainConfig
+from catdog.errors import CatdogError
+from catdog.records import Record
+
+__all__ = ["COMMANDS", "CommonFlags", "main", "parse"]
+
+logger = logging.getLogger(__name__)
+
+EXIT_OK: Final = 0
+EXIT_TOO_MANY_FAILED: Final = 3
+EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
+EXIT_TERMINATED: Final = 128 + signal.SIGTERM
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (default: the process's) and return its exit code.
+
+    Raises:
+        SystemExit: after `--help`, and on SIGTERM.
+    """
+    args = sys.argv[1:] if argv is None else list(argv)
+    try:
+        with _terminable():
+            return _main(args)
+    except CatdogError as error:
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _main(args: list[str]) -> int:
+    if args == ["--version"]:
+        print(__version__)
+        return EXIT_OK
+    name, invocation = parse(args)
+    command, config, flags = COMMANDS[name], invocation.config, invocation.common
+    _configure_logging(verbose=flags.verbose)
+    if flags.dry_run:
+        print(_to_json(_dry_run(name, config)))
+        return EXIT_OK
+    _configure_libraries(verbose=flags.verbose)
+    logger.debug("catdog %s %s", name, json.dumps(provenance.configuration(config)))
+    with streams.stdout_kept_clean():
+        run: Callable[[Any], Record] = getattr(importlib.import_module(command.module), command.function)
+        record = run(config)
+    print(_to_json(record) if flags.json else "\n".join(record.summary()))
+    if (complaint := record.complaint()) is None:
+        return EXIT_OK
+    print(f"error: {complaint}", file=sys.stderr)
+    return EXIT_TOO_MANY_FAILED
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun(Record):
+    """What `--dry-run` prints."""
+
+    command: str
+    config: dict[str, Any]
+    """With no field left to the architecture's recipe."""
+
+    plan: dict[str, Any] | None
+    """Of predict: a `catdog.inference.PlanSummary`."""
+
+
+def _dry_run(name: str, config: object) -> DryRun:
+    plan = None
+    if isinstance(config, TrainConfig):
+        from catdog.training import resolve
+
+        config = resolve(config)
+    elif isinstance(config, PredictConfig):
+        from catdog.inference import plan_summary
+
+        plan = asdict(plan_summary(config))
+    return DryRun(command=name, config=provenance.configuration(config), plan=plan)
+
+
+def _to_json(record: Record) -> str:
+    return json.dumps(record.to_dict(), indent=2)
+
+
+def _configure_logging(*, verbose: bool) -> None:
+    """Progress to stderr: ours, and with `--verbose` everybody's."""
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger().setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.getLogger("catdog").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def _configure_libraries(*, verbose: bool) -> None:
+    """What must stand before Ray and TensorFlow are imported, here and in processes started from here."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # an embedded Ray does not call home
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if not verbose:
+        streams.quieten_tensorflow()
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM (`ray job stop`, Kubernetes) unwind the stack, `finally` blocks included."""
+    is_stopped = False
+
+    def stop(_signum: int, _frame: FrameType | None) -> NoReturn:
+        nonlocal is_stopped
+        is_stopped = True
+        raise SystemExit(EXIT_TERMINATED)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except SystemExit as stopped:
+        # Ray, where it was waiting, has put an exit code of its own in the place of ours.
+        raise SystemExit(EXIT_TERMINATED if is_stopped else stopped.code) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)

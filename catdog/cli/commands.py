@@ -1,0 +1,61 @@
+"""The table of commands: the configuration class of each and the function that runs it."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from catdog.config import (
+    BenchChaosConfig,
+    BenchTrainConfig,
+    DemoConfig,
+    EvaluateConfig,
+    PredictConfig,
+    PrepareConfig,
+    TrainConfig,
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A configuration class and the function that runs it, imported only to run."""
+
+    config_type: type
+    module: str
+    function: str
+    example: str
+
+
+COMMANDS: Final = {
+    "demo": Command(DemoConfig, "catdog.demo", "run_demo", "catdog demo --output catdog-demo"),
+    "prepare": Command(PrepareConfig, "catdog.dataset", "prepare", "catdog prepare --images train.zip --output data"),
+    "train": Command(
+        TrainConfig,
+        "catdog.training",
+        "train",
+        "catdog train --data data --output model --arch resnet --num-workers 2",
+    ),
+    "evaluate": Command(
+        EvaluateConfig,
+        "catdog.evaluation",
+        "evaluate",
+        "catdog evaluate --data data --model model --output evaluation",
+    ),
+    "predict": Command(
+        PredictConfig,
+        "catdog.inference",
+        "predict",
+        "catdog predict --images s3://bucket/new --model s3://bucket/model --output s3://bucket/predictions",
+    ),
+    "bench train": Command(
+        BenchTrainConfig,
+        "catdog.bench",
+        "bench_train",
+        "catdog bench train --data data --output bench",
+    ),
+    "bench chaos": Command(
+        BenchChaosConfig,
+        "catdog.bench",
+        "bench_chaos",
+        "catdog bench chaos --data data --output chaos --num-kills 20",
+    ),
+}
+"""By name: one word, or two of which the first is shared by a group."""

@@ -1,0 +1,27 @@
+"""One frozen dataclass per job. Making one validates its values and touches nothing outside itself.
+
+Every URL is a local path or any fsspec URL (`s3://bucket/prefix`, `memory://x`, ...). `catdog.cli` makes the command
+line from these classes: a field is a flag, and its docstring is the flag's help.
+"""
+
+from catdog.config.checks import flag
+from catdog.config.choices import EngineName, Executor, Precision, Split
+from catdog.config.dataset import PrepareConfig
+from catdog.config.labelling import EvaluateConfig, PredictConfig
+from catdog.config.training import TrainConfig
+from catdog.config.trials import BenchChaosConfig, BenchTrainConfig, DemoConfig
+
+__all__ = [
+    "BenchChaosConfig",
+    "BenchTrainConfig",
+    "DemoConfig",
+    "EngineName",
+    "EvaluateConfig",
+    "Executor",
+    "Precision",
+    "PredictConfig",
+    "PrepareConfig",
+    "Split",
+    "TrainConfig",
+    "flag",
+]

@@ -1,0 +1,43 @@
+"""Rules that the configurations share. Each raises `UsageError`: first the rule, then what was received."""
+
+from catdog.errors import UsageError
+
+
+def flag(field: str) -> str:
+    """The command-line flag of a field: `batch_size` is `--batch-size`."""
+    return "--" + field.replace("_", "-")
+
+
+def require(condition: bool, rule: str, received: object) -> None:
+    """Raise `UsageError` with the rule and what was received, unless `condition` holds. `rule` opens with the flag."""
+    if not condition:
+        name = rule.split()[0]
+        raise UsageError(f"{rule}. Received: {name}={received}")
+
+
+def at_least(config: object, minimum: int, *fields: str) -> None:
+    """Each field is None, or at least `minimum`."""
+    for field in fields:
+        value = getattr(config, field)
+        require(value is None or value >= minimum, f"{flag(field)} must be at least {minimum}", value)
+
+
+def in_order(config: object, low: str, high: str) -> None:
+    """The field `low` is at most the field `high`, where both are given."""
+    least, most = getattr(config, low), getattr(config, high)
+    if least is not None and most is not None and least > most:
+        raise UsageError(f"{flag(low)} must be at most {flag(high)}. Received: {flag(low)}={least} {flag(high)}={most}")
+
+
+def is_url(config: object, *fields: str) -> None:
+    """Each field is None, or has a character that is no space."""
+    for field in fields:
+        value = getattr(config, field)
+        require(value is None or bool(value.strip()), f"{flag(field)} must be a path or a URL", repr(value))
+
+
+def is_fraction(config: object, *fields: str) -> None:
+    """Each field is a number between 0 and 1, both included."""
+    for field in fields:
+        value = getattr(config, field)
+        require(0 <= value <= 1, f"{flag(field)} must lie between 0 and 1", value)

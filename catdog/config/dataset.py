@@ -1,0 +1,45 @@
+"""The configuration of `catdog prepare`."""
+
+from dataclasses import dataclass
+
+from catdog.config import checks
+from catdog.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Turn labelled photographs into a dataset: check them, find duplicates, split them, and write Parquet shards."""
+
+    images: str
+    """Where the photographs are: a directory or prefix (read recursively), a glob, one file, a `.zip` (read in place),
+    or a Parquet manifest with a column `uri`."""
+
+    output: str
+    """Directory to write the dataset to. It must be empty, or hold a dataset of the same configuration."""
+
+    labels: str = "auto"
+    """How to tell cats from dogs: auto, folder, prefix, or a CSV or Parquet file with the columns `uri` and `label`.
+    folder takes the parent folder's name (`cat`, `Dogs`), prefix the beginning of the file name (`cat.123.jpg`); auto
+    tries the folder first, then the prefix."""
+
+    val_fraction: float = 0.1
+    """Share of the photographs to validate with, from 0 to 1. Duplicates count as one photograph."""
+
+    test_fraction: float = 0.1
+    """Share of the photographs to test with, from 0 to 1. Duplicates count as one photograph."""
+
+    seed: int = 0
+    """Number that decides which photograph goes to which split. Another number gives another split."""
+
+    ray_address: str | None = None
+    """Address of the Ray cluster to run on. The default is `RAY_ADDRESS`, else a Ray embedded on this machine."""
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        checks.is_url(self, "images", "output", "labels")
+        checks.is_fraction(self, "val_fraction", "test_fraction")
+        if self.val_fraction + self.test_fraction >= 1:
+            raise UsageError(
+                "--val-fraction and --test-fraction must leave a share for training. "
+                f"Received: --val-fraction={self.val_fraction} --test-fraction={self.test_fraction}"
+            )

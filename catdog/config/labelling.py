@@ -1,0 +1,90 @@
+"""The configurations of the jobs that label images: `catdog evaluate` and `catdog predict`."""
+
+from dataclasses import dataclass
+
+from catdog.config import checks
+from catdog.config.choices import EngineName, Executor, Split
+from catdog.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measure how right a model is on a labelled split of a dataset, and draw it."""
+
+    data: str
+    """Dataset to evaluate on, written by `catdog prepare`."""
+
+    output: str
+    """Directory to write metrics.json and the figures to. An earlier evaluation there is replaced."""
+
+    model: str | None = None
+    """Model bundle to evaluate, written by `catdog train`. The default is the model that comes with catdog."""
+
+    split: Split = "test"
+    """Split of the dataset to evaluate on."""
+
+    batch_size: int = 64
+    """Images that a thread decodes and scores at a time."""
+
+    engine: EngineName = "auto"
+    """Library that computes the model. auto chooses one."""
+
+    use_gpu: bool = False
+    """Compute the model on this machine's GPU. Without this flag no GPU is used."""
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        checks.is_url(self, "data", "output", "model")
+        checks.at_least(self, 1, "batch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Label a collection of images, and write Parquet predictions. Only what is new or changed is labelled."""
+
+    images: str
+    """Where the images are: a directory or prefix (read recursively), a glob, one file, a `.zip` (read in place), or a
+    Parquet manifest with a column `uri`."""
+
+    output: str
+    """Directory to write the predictions to. It must be empty, or hold predictions, to which the new ones are added."""
+
+    model: str | None = None
+    """Model bundle to label with, written by `catdog train`. The default is the model that comes with catdog."""
+
+    executor: Executor = "auto"
+    """Where to label: inline (on all cores of this machine, without Ray) or ray (as a Ray Data job). auto takes ray
+    where there is a cluster, else inline."""
+
+    engine: EngineName = "auto"
+    """Library that computes the model. auto chooses one."""
+
+    batch_size: int = 64
+    """Images that a thread decodes and scores at a time."""
+
+    use_gpu: bool = False
+    """Compute the model on a GPU: this machine's (inline), or one for each worker (ray). Without this flag no GPU is
+    used."""
+
+    num_workers: int | None = None
+    """Number of decoding threads (inline), or of Ray actors with one CPU each (ray). The default is one per CPU."""
+
+    max_failed_fraction: float = 0.1
+    """Exit with code 3 if more than this share of the images that this run labelled failed."""
+
+    retry_errors: bool = False
+    """Also label again the images that failed in earlier runs."""
+
+    ray_address: str | None = None
+    """Address of the Ray cluster to run on. The default is `RAY_ADDRESS`, else a Ray embedded on this machine."""
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        checks.is_url(self, "images", "output", "model")
+        checks.at_least(self, 1, "batch_size", "num_workers")
+        checks.is_fraction(self, "max_failed_fraction")
+        if self.executor == "inline" and self.ray_address is not None:
+            raise UsageError(
+                "--ray-address needs --executor ray or auto. "
+                f"Received: --executor=inline --ray-address={self.ray_address}"
+            )

@@ -1,0 +1,105 @@
+"""The configuration of `catdog train`."""
+
+import math
+from dataclasses import dataclass
+
+from catdog.config import checks
+from catdog.config.choices import Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a model on a dataset, and write a model bundle."""
+
+    data: str
+    """Dataset to train on, written by `catdog prepare`."""
+
+    output: str
+    """Directory to write the model bundle to. The same command again goes on with a training that was interrupted."""
+
+    arch: str = "resnet"
+    """Network to train. From scratch: cnn (the classic Conv2D/MaxPooling/Flatten/Dense), resnet (a small residual
+    network). From weights that are pretrained on ImageNet: efficientnet_lite0, efficientnet_lite1, efficientnet_lite2,
+    mobilenetv2, efficientnetv2b0, resnet50, convnext_tiny, vgg16."""
+
+    weights: str | None = None
+    """Weights to start from: none (random), imagenet, or the path or URL of a weights file. The default is imagenet for
+    a network that has pretrained weights, else none."""
+
+    epochs: int | None = None
+    """Number of passes over the training images. The default is the network's own."""
+
+    head_epochs: int | None = None
+    """Number of epochs, counted from the first, that train only the new last layer of a pretrained network. The default
+    is the network's own."""
+
+    batch_size: int | None = None
+    """Images per training step, over all workers together. The default is the network's own."""
+
+    image_size: int | None = None
+    """Pixels per side that the model sees of each image. The default is the network's own."""
+
+    learning_rate: float | None = None
+    """Highest learning rate of Adam, reached after a warm-up. The default is the network's own."""
+
+    augment: bool = True
+    """Vary the training images at random: flip, rotate, zoom, shift and recolour them; also cut them into smaller crops
+    and mix them (cutmix), where the network's recipe says so."""
+
+    shuffle: bool = True
+    """Visit the training images in a new random order in every epoch."""
+
+    review_precision: float = 0.995
+    """Share of right labels that you want among images that nobody looks at. It sets the confidence below which an
+    image `needs_review`."""
+
+    num_workers: int = 1
+    """Number of workers that train together, each on its share of every batch."""
+
+    min_workers: int | None = None
+    """Go on with as few workers as this while the cluster has no room for --num-workers, and grow again when it has.
+    The default is --num-workers."""
+
+    cpus_per_worker: int = 1
+    """CPU cores that each worker computes on."""
+
+    use_gpu: bool = False
+    """Give each worker a GPU of its own. Without this flag no GPU is used."""
+
+    precision: Precision = "auto"
+    """Number format in which the layers compute; the weights stay float32. auto takes bfloat16 where the hardware has
+    it, else float32."""
+
+    checkpoint_steps: int = 1000
+    """Save a checkpoint after this many training steps at the latest. There is one after every epoch, too."""
+
+    max_failures: int = 3
+    """Number of restarts, in a row and without a new checkpoint in between, after which the training fails."""
+
+    seed: int = 0
+    """Number that decides the initial weights, the order of the images and how they are varied."""
+
+    ray_address: str | None = None
+    """Address of the Ray cluster to run on. The default is `RAY_ADDRESS`, else a Ray embedded on this machine."""
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        checks.is_url(self, "data", "output", "arch", "weights")
+        checks.at_least(
+            self, 1, "epochs", "batch_size", "num_workers", "min_workers", "cpus_per_worker", "checkpoint_steps"
+        )
+        checks.at_least(self, 32, "image_size")
+        checks.at_least(self, 0, "head_epochs", "max_failures", "seed")
+        checks.require(self.seed < 2**31, f"--seed must be below {2**31}", self.seed)
+        checks.require(
+            0.5 <= self.review_precision < 1,
+            "--review-precision must be at least 0.5 and below 1",
+            self.review_precision,
+        )
+        rate = self.learning_rate
+        checks.require(
+            rate is None or (rate > 0 and math.isfinite(rate)), "--learning-rate must be a finite number above 0", rate
+        )
+        checks.in_order(self, "num_workers", "batch_size")
+        checks.in_order(self, "min_workers", "num_workers")
+        checks.in_order(self, "head_epochs", "epochs")

@@ -1,0 +1,90 @@
+"""The configurations of the commands that try catdog out: `catdog demo` and `catdog bench ...`."""
+
+from dataclasses import dataclass
+
+from catdog.config import checks
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Draw pictures of cats and dogs, then prepare, train, predict and evaluate on them, on this machine."""
+
+    output: str = "catdog-demo"
+    """Directory to write everything to. An earlier demo there is replaced."""
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        checks.is_url(self, "output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchTrainConfig:
+    """Measure how fast this machine trains, against the Keras tutorial, bare processes and one worker, in turns."""
+
+    data: str
+    """Dataset to train on, written by `catdog prepare`. Only its JPEG files are used."""
+
+    output: str
+    """Directory to write bench.json to. An earlier bench.json there is replaced."""
+
+    image_size: int | None = None
+    """Pixels per side of the images. The default is that of the network cnn, which is trained."""
+
+    batch_size: int = 64
+    """Images per training step and worker. The tutorial trains on as many per step as all workers together."""
+
+    num_workers: int | None = None
+    """Number of workers, each on one core. The default is one per core. The tutorial has all cores in one process."""
+
+    num_images: int = 2048
+    """Training images per epoch, over all workers together, rounded down to whole batches."""
+
+    num_rounds: int = 3
+    """Number of times that everything is measured. The figures are medians."""
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        checks.is_url(self, "data", "output")
+        checks.at_least(self, 1, "batch_size", "num_workers", "num_images", "num_rounds")
+        checks.at_least(self, 32, "image_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchChaosConfig:
+    """Kill the workers of a training over and over, and compare its model with that of an undisturbed training."""
+
+    data: str
+    """Dataset to train on, written by `catdog prepare`."""
+
+    output: str
+    """Directory to write chaos.json and both models to. Earlier ones there are replaced."""
+
+    num_kills: int = 20
+    """Number of workers to kill with SIGKILL. The training is made long enough for them."""
+
+    arch: str = "resnet"
+    """Network to train, from random weights."""
+
+    image_size: int = 48
+    """Pixels per side of the images."""
+
+    batch_size: int = 32
+    """Images per training step, over all workers together."""
+
+    num_workers: int = 2
+    """Number of workers, each on one core."""
+
+    checkpoint_steps: int = 20
+    """Save a checkpoint after this many training steps at the latest. A kill costs no more steps than these."""
+
+    streamed: bool = False
+    """Decode the images anew in every epoch, as if they did not fit in memory."""
+
+    seed: int = 0
+    """Number that decides what the training draws at random, and which worker is killed when."""
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        checks.is_url(self, "data", "output", "arch")
+        checks.at_least(self, 1, "num_kills", "batch_size", "num_workers", "checkpoint_steps")
+        checks.at_least(self, 32, "image_size")

@@ -1,0 +1,79 @@
+"""Engines, which compute the model of a bundle fast on this hardware.
+
+An engine is a module of this package with a function `load`. It is listed in `ENGINES`, and in
+`catdog.config.EngineName` for the command line.
+
+Shapes: `B` images in a call, `H` = `W` = the bundle's image size, `C` = 3 (RGB).
+"""
+
+import importlib
+from typing import Final, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from catdog.bundle import Bundle, golden_images
+from catdog.config import EngineName
+from catdog.errors import BundleError
+
+Arithmetic = Literal["float32", "bfloat16"]
+"""Number format in which an engine computes feature maps."""
+
+ENGINES: Final[dict[str, str]] = {"tensorflow": "catdog.engines.tensorflow"}
+"""Name of an engine → its module. `auto` is the first of them."""
+
+GOLDEN_TOLERANCES: Final[dict[Arithmetic, float]] = {"float32": 0.02, "bfloat16": 0.25}
+"""By how much a golden logit may differ from the one in the card, which was computed in float32.
+
+float32: another order of summation changes a logit by about 1e-6. A GPU's TensorFloat-32 rounds to 11 bits, 8 times
+finer than bfloat16. bfloat16: it rounds to 8 bits, which has changed a logit by up to 0.1. The weights of another model
+change it by whole units."""
+
+
+class Engine(Protocol):
+    """Computes a model. It is thread-safe.
+
+    A logit depends only on its image: not on the other images of the call, their number, or other calls.
+    """
+
+    @property
+    def name(self) -> str:
+        """One of `ENGINES`."""
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """Number format in which the feature maps are computed."""
+
+    def predict(self, images_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """The logits of class 1, float32 (B,), in the order of the images. Pixels are RGB, 0..255. `B` may be 0."""
+
+
+def load_engine(bundle: Bundle, name: EngineName = "auto", *, num_parallel: int = 1, use_gpu: bool = False) -> Engine:
+    """Load a bundle's model, warm it up, and check that it gives the logits that it gave when it was saved.
+
+    Args:
+        bundle: a verified bundle.
+        name: `auto`, or one of `ENGINES`.
+        num_parallel: number of calls of `predict` that compute at the same time, each on one CPU core.
+        use_gpu: whether to compute on this process's GPU. If not, no GPU is touched.
+
+    Raises:
+        BundleError: the model cannot be used.
+    """
+    chosen = next(iter(ENGINES)) if name == "auto" else name
+    module = importlib.import_module(ENGINES[chosen])
+    engine: Engine = module.load(bundle, num_parallel=num_parallel, use_gpu=use_gpu)
+    _check_golden(bundle, engine)
+    return engine
+
+
+def _check_golden(bundle: Bundle, engine: Engine) -> None:
+    """Check that the engine gives the bundle's golden logits. This also warms it up."""
+    logits_B = engine.predict(golden_images(bundle.image_size))
+    difference = float(np.max(np.abs(logits_B - np.asarray(bundle.golden_logits))))
+    tolerance = GOLDEN_TOLERANCES[engine.arithmetic]
+    if not difference <= tolerance:  # true of NaN as well
+        raise BundleError(
+            f"{bundle.url}: the model must compute its golden logits to within {tolerance} ({engine.arithmetic}). "
+            f"Received: off by {difference:.3g} on this machine"
+        )

@@ -1,0 +1,65 @@
+"""What a record says about its making: versions, machine, configuration and errors, all without secrets."""
+
+import dataclasses
+import importlib.metadata
+import platform
+import re
+from typing import Any, Final, TypedDict
+
+from catdog import __version__, hardware
+
+_PACKAGES: Final = ("duckdb", "ImageHash", "keras", "numpy", "pillow", "pyarrow", "ray", "scipy", "tensorflow")
+"""Packages whose versions can change a result."""
+
+_USER_INFO: Final = re.compile(r"(?<=://)[^/@\s]+@")
+_QUERY: Final = re.compile(r"(?<=[^/\s])\?[^\s:]*(X-Amz-Signature|sig|token|key)=[^\s]*", re.IGNORECASE)
+
+
+class Host(TypedDict):
+    """The machine that a record was made on, without its name: records are published."""
+
+    cpu: str
+    num_cores: int
+    """Cores that the process could use."""
+
+    system: str
+
+
+def versions() -> dict[str, str]:
+    """Name → version of catdog, of Python, and of the installed packages that can change a result."""
+    found = {"catdog": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def host() -> Host:
+    """The machine that this process runs on."""
+    return Host(cpu=hardware.cpu_name(), num_cores=hardware.num_cores(), system=platform.platform())
+
+
+def configuration(config: object) -> dict[str, Any]:
+    """The fields of a job's configuration as plain JSON values, with the secrets of its URLs blotted out."""
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        raise TypeError(f"configuration takes a configuration dataclass. Received: {config!r}")
+    return {name: _redacted(value) for name, value in dataclasses.asdict(config).items()}
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, str):
+        return redact(value)
+    return [_redacted(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def redact(text: str) -> str:
+    """A URL, or a message that contains URLs, without passwords and signatures."""
+    return _QUERY.sub("?***", _USER_INFO.sub("***@", text))
+
+
+def one_line(error: BaseException | str, max_chars: int = 300) -> str:
+    """The message of an error as one line of valid Unicode, cut after `max_chars`; its class if it has no message."""
+    text = " ".join(str(error).split())[:max_chars] or type(error).__name__
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # a file name in the message need not be UTF-8

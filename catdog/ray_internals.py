@@ -1,0 +1,130 @@
+"""The private things of Ray that catdog uses. No other module of the package names any.
+
+Ray may move a private name in any version. Where one is gone, catdog does without: it logs one warning, and Ray behaves
+as it does for everybody else. `tests/test_ray_internals.py` says which name has moved.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from ray.train.tensorflow import TensorflowTrainer
+
+logger = logging.getLogger(__name__)
+
+SIGINT_HANDLER: Final = "ray.train.tensorflow.TensorflowTrainer._register_sigint_handler"
+DEFAULT_CALLBACKS: Final = "ray.train.tensorflow.TensorflowTrainer._create_default_callbacks"
+DATASETS_CALLBACK: Final = "ray.train.v2._internal.callbacks.datasets.DatasetsCallback"
+CLEANER_CALLBACK: Final = "ray.train.v2._internal.callbacks.placement_group_callback.PlacementGroupCleanerCallback"
+DASHBOARD_URL: Final = "ray._private.worker.get_dashboard_url"
+HEALTH_CHECK_ERROR: Final = "ray.train.v2._internal.exceptions.WorkerHealthCheckFailedError"
+USER_ERROR: Final = "ray.train.v2._internal.exceptions.UserExceptionWithTraceback"
+TRAIN_CONTEXT: Final = "ray.train.v2._internal.execution.context.get_train_context"
+PROGRESS_LOGGER: Final = "ray.data._internal.progress.logger"
+
+NAMES: Final = (
+    SIGINT_HANDLER,
+    DEFAULT_CALLBACKS,
+    DATASETS_CALLBACK,
+    CLEANER_CALLBACK,
+    DASHBOARD_URL,
+    HEALTH_CHECK_ERROR,
+    USER_ERROR,
+    TRAIN_CONTEXT,
+    PROGRESS_LOGGER,
+)
+"""Every private name that this module uses."""
+
+
+@functools.cache
+def find(name: str) -> Any | None:
+    """What a dotted name of Ray stands for; None, and one warning in the log, where this version has no such name."""
+    module, _, attribute = name.rpartition(".")
+    holder: Any
+    try:
+        holder = importlib.import_module(module)
+    except ImportError:  # the name of a method: what holds it is a class
+        holder = find(module) if module.rpartition(".")[2][:1].isupper() else None
+    found = getattr(holder, attribute, None)
+    if found is None:
+        import ray
+
+        logger.warning("ray %s has no %s: catdog does without", ray.__version__, name)
+    return found
+
+
+def tensorflow_trainer(*arguments: Any, **options: Any) -> TensorflowTrainer:
+    """A `ray.train.tensorflow.TensorflowTrainer` that leaves Ctrl-C alone and starts no process that has nothing to do.
+
+    Args:
+        arguments: as of Ray's class.
+        options: as of Ray's class.
+    """
+    from ray.train.tensorflow import TensorflowTrainer
+
+    left_out = _idle_callbacks()
+
+    class LeanTrainer(TensorflowTrainer):  # type: ignore[misc]
+        def _register_sigint_handler(self, controller: object) -> None:
+            """Leave Ctrl-C to the caller's handler: Ray's own would end the process with exit code 1."""
+
+        def _create_default_callbacks(self) -> list[object]:
+            return [each for each in super()._create_default_callbacks() if not isinstance(each, left_out)]
+
+    # Ray calls a method by its name: where the name is gone, ours is never called.
+    find(SIGINT_HANDLER)
+    return (LeanTrainer if find(DEFAULT_CALLBACKS) else TensorflowTrainer)(*arguments, **options)
+
+
+def _idle_callbacks() -> tuple[type, ...]:
+    """The callbacks of Ray Train that have nothing to do here. Each of them would start a process.
+
+    One feeds Ray datasets, and there are none. The other asks Ray's dashboard whether the controller still lives: where
+    there is no dashboard, it waits ten seconds for an answer before a group of workers can end.
+    """
+    idle = [find(DATASETS_CALLBACK)]
+    get_dashboard_url = find(DASHBOARD_URL)
+    if get_dashboard_url is not None and not get_dashboard_url():
+        idle.append(find(CLEANER_CALLBACK))
+    return tuple(callback for callback in idle if callback is not None)
+
+
+def is_lost_worker(failure: Exception) -> bool:
+    """Whether a training worker failed because its process is gone."""
+    from ray.exceptions import RayActorError
+
+    return isinstance(getattr(failure, "health_check_failure", None), RayActorError)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error that a worker raised, out of the ones that Ray wraps it in: from the outermost to the innermost."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = getattr(cause, "_base_exc", None) or getattr(cause, "cause", None) or cause.__cause__
+
+
+def train_controller() -> Any:
+    """The actor that controls the group of the training worker that calls this. For tests, which kill it."""
+    get_train_context = find(TRAIN_CONTEXT)
+    if get_train_context is None:
+        raise LookupError(f"ray must have {TRAIN_CONTEXT}")
+    return get_train_context().controller_actor
+
+
+def quiet_ray_data(context: Any) -> None:
+    """Keep Ray Data from drawing progress bars, and from logging what is no warning.
+
+    Args:
+        context: what `ray.data.DataContext.get_current()` returns, before a dataset is made.
+    """
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    progress_logger = find(PROGRESS_LOGGER)
+    if progress_logger is not None:  # it would warn that there are no progress bars
+        progress_logger.setLevel(logging.ERROR)

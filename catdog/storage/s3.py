@@ -1,0 +1,128 @@
+"""S3: the only module that knows s3fs.
+
+Three things that this module uses are not in s3fs's documentation: `call_s3`, `retries`, and the argument
+`max_concurrency` of `cat_file`. When a version of s3fs moves one of them, tests/test_storage_s3.py fails and names it.
+"""
+
+import errno
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import fsspec
+
+_SCHEMES: Final = ("s3", "s3a")
+
+_SETTINGS: Final = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_PROFILE",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+)
+"""Environment variables. When one of them changes, a new filesystem is made."""
+
+_PAGE_OBJECTS: Final = 1000
+"""Objects in one page of a listing. S3 gives no more."""
+
+_ONE_OBJECT_CODES: Final = {"", "NoSuchKey", "NoSuchVersion", "404", "AccessDenied", "403", "InvalidObjectState"}
+"""Error codes that S3 gives when it lacks or denies one object. Its other codes blame the bucket or our keys."""
+
+PASSING_ERRNOS: Final = {getattr(errno, "EREMOTEIO", errno.EIO), errno.EBUSY, errno.EIO}
+"""Errors that can pass. s3fs turns HTTP status 5xx into EREMOTEIO, throttling into EBUSY, unknown codes into EIO."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One page of a listing.
+
+    Attributes:
+        objects: URL and description of each object. The description has S3's own fields: Key, Size, ETag, ...
+        next_token: what `list_page` takes to give the next page; None after the last page.
+    """
+
+    objects: list[tuple[str, Mapping[str, Any]]]
+    next_token: str | None
+
+
+def is_s3_url(url: str) -> bool:
+    """Whether a URL names something in S3."""
+    return url.partition("://")[0] in _SCHEMES
+
+
+def is_s3(fs: Any) -> bool:
+    """Whether an fsspec filesystem is that of s3fs."""
+    return "s3" in fs.protocol
+
+
+def url_to_fs(url: str, max_connections: int) -> tuple[Any, str]:
+    """The filesystem for a URL in S3, and the path in that filesystem.
+
+    Args:
+        url: as `absolute` returns it.
+        max_connections: requests in flight at most.
+    """
+    settings = tuple(map(os.environ.get, _SETTINGS))
+    return _filesystem(settings, os.getpid(), max_connections), url.partition("://")[2].rstrip("/")
+
+
+@functools.lru_cache(maxsize=8)
+def _filesystem(_settings: tuple[str | None, ...], _pid: int, max_connections: int) -> Any:
+    """One filesystem per process and environment. It remembers no listings, and tries each request once."""
+    fs = fsspec.filesystem(
+        "s3",
+        skip_instance_cache=True,
+        use_listings_cache=False,
+        config_kwargs={
+            "connect_timeout": 5,
+            "read_timeout": 15,
+            "max_pool_connections": max_connections,
+            "retries": {"mode": "standard", "total_max_attempts": 1},  # botocore's
+        },
+    )
+    fs.retries = 1  # attempts, not repetitions; no argument sets it
+    return fs
+
+
+def list_page(fs: Any, prefix: str, token: str | None, *, flat: bool) -> Page:
+    """One page of the objects whose URL starts with `prefix`.
+
+    `fs.find` and `fs.ls` are documented, but hold the whole listing in memory.
+
+    Args:
+        fs: the filesystem.
+        prefix: the start of a URL. If it ends with a slash, it names a folder.
+        token: `next_token` of the page before; None for the first page.
+        flat: skip the objects whose URL has a further slash after `prefix`.
+    """
+    scheme, _, path = prefix.partition("://")
+    bucket, _, key = path.partition("/")
+    key_prefix = key.rstrip("/")
+    if key_prefix and key.endswith("/"):
+        key_prefix += "/"
+    request = {"Bucket": bucket, "Prefix": key_prefix, "Delimiter": "/" if flat else "", "MaxKeys": _PAGE_OBJECTS}
+    if token is not None:
+        request["ContinuationToken"] = token
+    answer = fs.call_s3("list_objects_v2", **request)
+    objects = [(f"{scheme}://{bucket}/{item['Key']}", item) for item in answer.get("Contents", ())]
+    return Page(objects, answer["NextContinuationToken"] if answer.get("IsTruncated") else None)
+
+
+def read(fs: Any, path: str) -> bytes:
+    """A whole object, in one request. Unless it may read one part at a time only, s3fs asks for the size first."""
+    data: bytes = fs.cat_file(path, max_concurrency=1)
+    return data
+
+
+def is_about_one_object(error: OSError) -> bool:
+    """Whether an error that says "missing" or "denied" is about one object, and not about its bucket or our keys.
+
+    Also true of errors that do not come from S3. s3fs keeps S3's answer in the cause of the error that it raises.
+    """
+    response = getattr(error.__cause__, "response", None) or {}
+    return response.get("Error", {}).get("Code", "") in _ONE_OBJECT_CODES

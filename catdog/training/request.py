@@ -1,0 +1,165 @@
+"""What is asked of a training: its configuration with nothing left open, its data, and the state of its output."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from catdog import architectures, bundle, provenance, storage
+from catdog.config import TrainConfig
+from catdog.dataset import reading
+from catdog.errors import OutputRefusedError, UsageError
+from catdog.schema import CLASS_NAMES
+from catdog.training import checkpoint
+
+_NOT_THE_RESULT: Final = (
+    "output",
+    "num_workers",
+    "min_workers",
+    "cpus_per_worker",
+    "use_gpu",
+    "checkpoint_steps",
+    "max_failures",
+    "ray_address",
+)
+"""Fields that may differ when a training is resumed: they say where and how fast it computes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedTrainConfig(TrainConfig):
+    """A training's configuration with no field left to the architecture's recipe."""
+
+    # `field()` takes away the default that the field has in `TrainConfig`.
+    weights: str = field()
+    epochs: int = field()
+    head_epochs: int = field()
+    batch_size: int = field()
+    image_size: int = field()
+    learning_rate: float = field()
+
+
+def resolve(config: TrainConfig) -> ResolvedTrainConfig:
+    """Fill the fields that are left to the architecture's recipe, and check the result.
+
+    Raises:
+        UsageError: an unknown architecture, or values that do not go together.
+    """
+    architecture = architectures.architecture(config.arch)
+    recipe = architecture.recipe
+    weights = config.weights or ("imagenet" if architecture.has_backbone else "none")
+    if config.head_epochs and weights == "none":
+        raise UsageError(f"--head-epochs needs pretrained --weights. Received: --head-epochs={config.head_epochs}")
+    epochs = recipe.epochs if config.epochs is None else config.epochs
+    defaults = {
+        "epochs": epochs,
+        "head_epochs": 0 if weights == "none" else min(recipe.head_epochs, epochs),
+        "batch_size": recipe.batch_size,
+        "image_size": recipe.image_size,
+        "learning_rate": recipe.learning_rate,
+    }
+    chosen: dict[str, Any] = {name: value for name, value in vars(config).items() if value is not None}
+    chosen["weights"] = weights if weights in ("none", "imagenet") else storage.absolute(weights)
+    resolved = ResolvedTrainConfig(**(defaults | chosen))
+    if resolved.image_size < architecture.min_image_size:
+        raise UsageError(
+            f"--image-size must be at least {architecture.min_image_size} for --arch {config.arch}. "
+            f"Received: --image-size={resolved.image_size}"
+        )
+    return resolved
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A training that can be done, and whose place in the output is taken."""
+
+    config: ResolvedTrainConfig
+    published: dict[str, Any]
+    """The configuration as it is saved beside the result, without the secrets of its URLs."""
+
+    info: reading.DatasetInfo
+    weights: bytes | None
+    """The file of the backbone's pretrained weights."""
+
+    is_resumed: bool
+    """Whether the output held this very training before, finished or not."""
+
+    is_done: bool
+    """Whether the output holds the model."""
+
+
+def accept(config: TrainConfig) -> Request:
+    """Check whether a training can be done as configured, fetch what it needs, and mark its output.
+
+    Nothing is written where anything is raised.
+
+    Raises:
+        UsageError: the data cannot be trained on as configured, or there are no such weights.
+        OutputRefusedError: the output holds something else.
+    """
+    resolved = resolve(
+        dataclasses.replace(config, data=storage.absolute(config.data), output=storage.absolute(config.output))
+    )
+    info = reading.load_info(resolved.data)
+    _check_data(resolved, info)
+    published = provenance.configuration(resolved)
+    record = {"command": "train", "fingerprint": fingerprint(published, info.digest), "config": published}
+    is_done = storage.exists(storage.join(resolved.output, bundle.CARD_NAME))
+    is_resumed = _is_resumed(resolved.output, record, is_done=is_done)
+    weights = None if is_done else architectures.fetch_weights(resolved.arch, resolved.weights)
+    if not is_resumed:
+        storage.publish_json(storage.join(resolved.output, checkpoint.CONFIG_NAME), record)
+    return Request(
+        config=resolved, published=published, info=info, weights=weights, is_resumed=is_resumed, is_done=is_done
+    )
+
+
+def _check_data(config: ResolvedTrainConfig, info: reading.DatasetInfo) -> None:
+    for split in ("train", "val"):
+        for name in CLASS_NAMES:
+            if info.counts[split][name] == 0:
+                raise UsageError(f"training needs images of both classes in {split}. Received: no {name} in {info.url}")
+    num_train = info.num_images("train")
+    if config.batch_size > num_train:
+        raise UsageError(
+            f"--batch-size must be at most the number of training images, {num_train}. "
+            f"Received: --batch-size={config.batch_size}"
+        )
+
+
+def fingerprint(published: dict[str, Any], data_digest: str) -> str:
+    """The digest of everything that decides the result of a training.
+
+    A signature in the weights' URL has no part in it, so that a training can be resumed with another one.
+    """
+    fields = {name: value for name, value in published.items() if name not in (*_NOT_THE_RESULT, "data")}
+    encoded = json.dumps({"config": fields, "data": data_digest}, sort_keys=True)
+    return hashlib.sha256(encoded.encode()).hexdigest()
+
+
+def _is_resumed(output: str, record: dict[str, Any], *, is_done: bool) -> bool:
+    """Whether the output holds this very training. Refuses another one, unless that never got to a checkpoint."""
+    storage.refuse_foreign_output(output, (checkpoint.CONFIG_NAME,), says={"command": "train"})
+    url = storage.join(output, checkpoint.CONFIG_NAME)
+    if not storage.exists(url):
+        return False
+    found = storage.read_json(url)
+    if found["fingerprint"] == record["fingerprint"]:
+        return True
+    if is_done or checkpoint.latest_step(output) >= 0:
+        raise OutputRefusedError(
+            "--output must be empty, or hold a training with the same configuration and data. "
+            f"Received: {output} with {_difference(found['config'], record['config'])}"
+        )
+    return False
+
+
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    differing = [
+        f"{name}={value!r} instead of {wanted.get(name)!r}"
+        for name, value in found.items()
+        if name not in _NOT_THE_RESULT and value != wanted.get(name)
+    ]
+    return ", ".join(differing) or "other data"

@@ -1,0 +1,89 @@
+"""What a training ends with: the validation of its model, and the bundle.
+
+Shapes: `N` images in the validation split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from catdog import architectures, bundle, calibration, metrics, provenance, report
+from catdog.training.history import HistoryRow, history_files
+from catdog.training.request import ResolvedTrainConfig
+from catdog.training.step import Learner
+
+RELIABILITY_NAME: Final = "reliability.png"
+
+STAGES: Final = ("input_s", "compute_s", "checkpoint_s", "validation_s")
+"""What the seconds of a training go to."""
+
+_ELSEWHERE: Final = ("data", "output", "ray_address")
+"""Fields that say where a model was made, not what it is: a card travels, and holds the data's digest."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What the averaged model makes of the validation split."""
+
+    labels_N: npt.NDArray[np.int64]  # noqa: N815
+    logits_N: npt.NDArray[np.float64]  # noqa: N815
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy."""
+        return float(np.mean(np.logaddexp(0, np.where(self.labels_N == 1, -self.logits_N, self.logits_N))))
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return float(np.mean((self.logits_N > 0) == (self.labels_N == 1)))
+
+
+def save_bundle(
+    config: ResolvedTrainConfig,
+    learner: Learner,
+    history: Sequence[HistoryRow],
+    validation: Validation,
+    card: dict[str, Any],
+) -> None:
+    """Calibrate the averaged model on the validation split, and write its bundle.
+
+    Args:
+        config: what was trained, and how.
+        learner: holds the model.
+        history: a row per epoch.
+        validation: of the model as it is.
+        card: what the driver says of data and versions.
+    """
+    last = history[-1]
+    labels_N, logits_N = validation.labels_N, validation.logits_N
+    calibrated = calibration.fit(labels_N, logits_N, review_precision=config.review_precision)
+    prob_dog_N = calibration.cross_fitted(labels_N, logits_N)
+    model = architectures.exported(learner.average, config.arch)
+    full_card = {
+        "arch": config.arch,
+        "image_size": config.image_size,
+        "temperature": calibrated.temperature,
+        "review_threshold": calibrated.review_threshold,
+        "metrics": {name: last[name] for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy")},
+        "validation": metrics.classification_metrics(labels_N, prob_dog_N),
+        "calibration": calibrated.report,
+        "epochs_trained": len(history),
+        "training_seconds": round(sum(row["seconds"] for row in history), 1),
+        "durations_s": {name: round(sum(row[name] for row in history), 1) for name in STAGES},
+        "precision": learner.precision,
+        "num_parameters": model.count_params(),
+        **card,
+        "training_config": {
+            name: value for name, value in provenance.configuration(config).items() if name not in _ELSEWHERE
+        },
+    }
+    diagram = report.reliability(
+        labels_N, {"as trained": calibration.probabilities(logits_N, 1.0), "calibrated, cross-fitted": prob_dog_N}
+    )
+    bundle.save(config.output, model, full_card, extra_files=history_files(history) | {RELIABILITY_NAME: diagram})
