@@ -2,7 +2,9 @@
 
     CatdogError                exit 1: the job failed
     ├── UsageError             exit 2: an argument, a configuration or an input cannot be used
-    │   └── OutputRefusedError exit 2: the output holds something that this command did not write
+    │   ├── OutputRefusedError exit 2: the output holds something that this command did not write
+    │   └── OutputClaimedError exit 2: another run is at work in the output
+    ├── ClaimLostError         exit 1: another run took over the output of this one
     ├── StorageError           exit 1: a storage could not be reached, or kept failing after retries
     ├── BundleError            exit 1: a model bundle is missing, damaged or of an unknown format
     ├── DatasetError           exit 1: a dataset is missing, damaged or incomplete, or cannot be made
@@ -32,6 +34,14 @@ class UsageError(CatdogError):
 
 class OutputRefusedError(UsageError):
     """The output is not empty and holds something that this command did not write."""
+
+
+class OutputClaimedError(UsageError):
+    """Another run is at work in the output. Nothing was touched."""
+
+
+class ClaimLostError(CatdogError):
+    """Another run took over the output of this one, which had given no sign of life for a minute."""
 
 
 class StorageError(CatdogError):

@@ -9,6 +9,7 @@ of retries, that is a `StorageError`, which names the URL. If a file is missing,
 the functions that read what catdog wrote raise Python's `FileNotFoundError`.
 """
 
+from catdog.storage.claims import Claim, claimed
 from catdog.storage.filesystems import SourceFile
 from catdog.storage.listing import exists, list_images, list_names
 from catdog.storage.publishing import (
@@ -34,8 +35,10 @@ from catdog.storage.urls import absolute, join
 
 __all__ = [
     "MAX_BYTES",
+    "Claim",
     "SourceFile",
     "absolute",
+    "claimed",
     "delete",
     "delete_temporaries",
     "exists",

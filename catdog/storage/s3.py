@@ -33,6 +33,9 @@ _PAGE_OBJECTS: Final = 1000
 _ONE_OBJECT_CODES: Final = {"", "NoSuchKey", "NoSuchVersion", "404", "AccessDenied", "403", "InvalidObjectState"}
 """Error codes that S3 gives when it lacks or denies one object. Its other codes blame the bucket or our keys."""
 
+_ALREADY_THERE_CODES: Final = {"PreconditionFailed", "412"}
+_NO_CONDITIONS_CODES: Final = {"NotImplemented", "501"}
+
 PASSING_ERRNOS: Final = {getattr(errno, "EREMOTEIO", errno.EIO), errno.EBUSY, errno.EIO}
 """Errors that can pass. s3fs turns HTTP status 5xx into EREMOTEIO, throttling into EBUSY, unknown codes into EIO."""
 
@@ -119,10 +122,31 @@ def read(fs: Any, path: str) -> bytes:
     return data
 
 
+def create(fs: Any, path: str, data: bytes) -> bool:
+    """Write an object unless there is one; whether it was written. A store that heeds no conditions always writes."""
+    try:
+        fs.pipe_file(path, data, mode="create")
+    except FileExistsError:
+        return False
+    except OSError as error:
+        code = _code_of(error)
+        if code in _ALREADY_THERE_CODES:
+            return False
+        if code not in _NO_CONDITIONS_CODES:
+            raise
+        fs.pipe_file(path, data)
+    return True
+
+
 def is_about_one_object(error: OSError) -> bool:
     """Whether an error that says "missing" or "denied" is about one object, and not about its bucket or our keys.
 
     Also true of errors that do not come from S3. s3fs keeps S3's answer in the cause of the error that it raises.
     """
+    return _code_of(error) in _ONE_OBJECT_CODES
+
+
+def _code_of(error: OSError) -> str:
+    """S3's error code; empty where the error does not come from S3."""
     response = getattr(error.__cause__, "response", None) or {}
-    return response.get("Error", {}).get("Code", "") in _ONE_OBJECT_CODES
+    return str(response.get("Error", {}).get("Code", ""))
