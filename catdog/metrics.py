@@ -157,9 +157,11 @@ def review_metrics(labels_B: npt.ArrayLike, prob_dog_B: npt.ArrayLike, needs_rev
 def text(metric: Metric, *, percent: bool = False) -> str:
     """Write a metric as people read it.
 
-    Returns:
-        "0.0739 (95 % interval 0.0325 to 0.1211)"; with `percent`, "96.43 % (95 % interval 91.91 to 98.47)"; without a
-        value, "undefined: every image is of one class".
+    Example:
+        >>> text({"value": 0.9643, "ci95": [0.9191, 0.9847]}, percent=True)
+        '96.43 % (95 % interval 91.91 to 98.47)'
+        >>> text({"value": None, "ci95": None, "reason": "every image is of one class"})
+        'undefined: every image is of one class'
     """
     if metric["value"] is None:
         return f"undefined: {metric['reason']}"

@@ -16,6 +16,10 @@ def portions(
         weigh: a function that returns (rows, bytes) of an item.
         max_rows: number of rows at which a portion ends. Its last item may go beyond.
         max_bytes: number of bytes at which a portion ends. Its last item may go beyond.
+
+    Example:
+        >>> list(portions([5, 5, 9, 1], lambda size: (1, size), max_rows=2, max_bytes=9))
+        [[5, 5], [9], [1]]
     """
     portion: list[ItemT] = []
     num_rows = num_bytes = 0

@@ -55,11 +55,22 @@ def _redacted(value: Any) -> Any:
 
 
 def redact(text: str) -> str:
-    """A URL, or a message that contains URLs, without passwords and signatures."""
+    """A URL, or a message that contains URLs, without passwords and signatures.
+
+    Example:
+        >>> redact("https://me:secret@host/a.jpg?X-Amz-Signature=0123")
+        'https://***@host/a.jpg?***'
+    """
     return _QUERY.sub("?***", _USER_INFO.sub("***@", text))
 
 
 def one_line(error: BaseException | str, max_chars: int = 300) -> str:
-    """The message of an error as one line of valid Unicode, cut after `max_chars`; its class if it has no message."""
-    text = " ".join(str(error).split())[:max_chars] or type(error).__name__
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # a file name in the message need not be UTF-8
+    """The message of an error as one line of valid Unicode, cut after `max_chars`; its class if it has no message.
+
+    Example:
+        >>> one_line(ValueError("two\\nlines"))
+        'two lines'
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    # A file name in the message need not be UTF-8.
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")[:max_chars]

@@ -31,7 +31,12 @@ def percent(share: float) -> str:
 
 
 def counted(counts: dict[str, int]) -> str:
-    """`{"cat": 1200, "dog": 3}` as `1,200 cat, 3 dog`."""
+    """Counts by name, as people read them.
+
+    Example:
+        >>> counted({"cat": 1200, "dog": 3})
+        '1,200 cat, 3 dog'
+    """
     return ", ".join(f"{count:,} {name}" for name, count in counts.items())
 
 

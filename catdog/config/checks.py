@@ -4,7 +4,12 @@ from catdog.errors import UsageError
 
 
 def flag(field: str) -> str:
-    """The command-line flag of a field: `batch_size` is `--batch-size`."""
+    """The command-line flag of a field.
+
+    Example:
+        >>> flag("batch_size")
+        '--batch-size'
+    """
     return "--" + field.replace("_", "-")
 
 
