@@ -13,7 +13,6 @@ import io
 import json
 import math
 import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from catdog import provenance, storage
-from catdog.errors import BundleError
+from catdog import provenance, scratch, storage
+from catdog.errors import BundleError, StorageError
 from catdog.images import RESIZE_RULE
 from catdog.schema import CLASS_NAMES
 
@@ -126,8 +125,8 @@ def save(url: str, model: keras.Model, card: dict[str, Any], *, extra_files: dic
     """
     from catdog.architectures import logits_model
 
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / MODEL_NAME
+    with scratch.directory("bundle") as directory:
+        path = Path(directory) / MODEL_NAME
         model.save(path)
         files = {MODEL_NAME: _compressed(path), **(extra_files or {})}
     images_BHWC = golden_images(card["image_size"])
@@ -214,11 +213,20 @@ def load(url: str | None) -> Bundle:
 
 
 def _local_copy(file_url: str, name: str, data: bytes, model_id: str) -> Path:
-    """Path of the verified file on this machine: of the file itself, or of a copy in the user's cache."""
+    """Path of the verified file on this machine: of the file itself, or of a copy in a cache.
+
+    The cache is the user's; if nobody may write to that, as in some containers, it lies among the temporary files.
+    """
     if "://" not in file_url:
         return Path(file_url)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "catdog" / "models" / model_id
-    path = cache / name
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "catdog"
+    try:
+        return _cached(home / "models" / model_id / name, data)
+    except StorageError:
+        return _cached(Path(scratch.base(), f"catdog-cache-{os.getuid()}", model_id, name), data)
+
+
+def _cached(path: Path, data: bytes) -> Path:
     if not path.exists() or path.read_bytes() != data:
         storage.publish_bytes(str(path), data)
     return path

@@ -17,6 +17,7 @@ from catdog.dataset.pipeline import PrepareRecord
 from catdog.evaluation import EvaluationRecord, evaluate
 from catdog.inference import RunRecord, predict
 from catdog.metrics import Estimate
+from catdog.provenance import redact
 from catdog.ray_session import connect
 from catdog.schema import CLASS_NAMES
 from catdog.training import TrainRecord, train
@@ -72,10 +73,16 @@ def run_demo(config: DemoConfig) -> DemoRecord:
 
     Raises:
         OutputRefusedError: the output holds something that no demo wrote.
+        OutputClaimedError: another demo is at work there.
     """
-    started = time.monotonic()
     output = storage.absolute(config.output)
     storage.refuse_foreign_output(output, (RECORD_NAME,), says={"command": "demo"})
+    with storage.claimed(output, "demo"):
+        return _run(output)
+
+
+def _run(output: str) -> DemoRecord:
+    started = time.monotonic()
     for name in PARTS:
         storage.delete(storage.join(output, name))
     storage.publish_json(storage.join(output, RECORD_NAME), {"command": "demo"})
@@ -99,8 +106,8 @@ def run_demo(config: DemoConfig) -> DemoRecord:
     evaluated = evaluate(EvaluateConfig(data=data, model=model, output=evaluation))
     record = DemoRecord(
         command="demo",
-        output=output,
-        drawings=pictures,
+        output=redact(output),
+        drawings=redact(pictures),
         accuracy=evaluated.accuracy,
         duration_s=round(time.monotonic() - started, 1),
         prepare=prepared,

@@ -1,8 +1,8 @@
 """Decoding: encoded bytes to pixels, or an `ImageError` with a code that says why not.
 
 Training and labelling both decode here, so that they see the same pixels. Every function is thread-safe, and Pillow
-releases the GIL while it decodes and resizes. Of an animation or a multi-page file only the first frame is read. Colour
-profiles are ignored.
+releases the GIL while it decodes and resizes. Of an animation or a multi-page file only the first frame is read; of a
+TIFF file, the first page that is no thumbnail. Colour profiles are ignored.
 
 Shapes: `H` = `W` = the requested size in pixels, `C` = 3 (RGB).
 """
@@ -34,11 +34,12 @@ from PIL import (
     JpegImagePlugin,  # noqa: F401
     PngImagePlugin,  # noqa: F401
     PpmImagePlugin,  # noqa: F401
-    TiffImagePlugin,  # noqa: F401
+    TiffImagePlugin,
     UnidentifiedImageError,
     WebPImagePlugin,  # noqa: F401
 )
 
+from catdog import tiff
 from catdog.errors import ImageError
 
 MAX_PIXELS: Final = 89_478_485
@@ -190,6 +191,8 @@ def _load(data: bytes, draft_px: int | None = None) -> _Loaded:
     _silence_pillow()
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            _turn_to_picture(image, data)
         width, height = image.size
         _check_header(image)
         if draft_px is not None:
@@ -213,6 +216,27 @@ def _load(data: bytes, draft_px: int | None = None) -> _Loaded:
     if orientation >= 5:
         width, height = height, width
     return _Loaded(rgb, image.format, orientation, is_canonical, width, height)
+
+
+def _turn_to_picture(image: TiffImagePlugin.TiffImageFile, data: bytes) -> None:
+    """Go to the page that is no thumbnail.
+
+    Raises:
+        ImageError: Pillow does not read that page. To label the thumbnail in its place would be to guess.
+    """
+    page = tiff.picture(data)
+    if page is None or page.number == 0:
+        return
+    try:
+        if page.number is None:
+            raise EOFError("Pillow reads no page that belongs to another one")
+        image.seek(page.number)
+    except _BAD_DATA as error:
+        raise ImageError(
+            "unsupported_format",
+            f"only a thumbnail can be read of this picture of {page.width} x {page.height} px: "
+            "it is in a raw format, or in a rare form of TIFF",
+        ) from error
 
 
 def _check_header(image: ImageFile.ImageFile) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import os
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,7 +27,13 @@ DASHBOARD_URL: Final = "ray._private.worker.get_dashboard_url"
 HEALTH_CHECK_ERROR: Final = "ray.train.v2._internal.exceptions.WorkerHealthCheckFailedError"
 USER_ERROR: Final = "ray.train.v2._internal.exceptions.UserExceptionWithTraceback"
 TRAIN_CONTEXT: Final = "ray.train.v2._internal.execution.context.get_train_context"
+GCS_PING: Final = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+"""The remote procedure by which the head of a cluster says that it lives. It needs no argument."""
+
 PROGRESS_LOGGER: Final = "ray.data._internal.progress.logger"
+
+_OUT_OF_MEMORY: Final = re.compile("running low on memory|OutOfMemoryError")
+"""Words of Ray's memory monitor. (Of every killed process Ray says that the OOM killer may have done it.)"""
 
 NAMES: Final = (
     SIGINT_HANDLER,
@@ -101,6 +109,21 @@ def is_lost_worker(failure: Exception) -> bool:
     return isinstance(getattr(failure, "health_check_failure", None), RayActorError)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Ray killed a process of a failed group of workers because its node ran out of memory."""
+    from ray.exceptions import OutOfMemoryError
+
+    failures = [error, *getattr(error, "worker_failures", {}).values()]
+    chain = [
+        cause
+        for failure in failures
+        for each in (failure, getattr(failure, "health_check_failure", None))
+        if each is not None
+        for cause in causes(each)
+    ]
+    return any(isinstance(cause, OutOfMemoryError) or _OUT_OF_MEMORY.search(str(cause)) for cause in chain)
+
+
 def causes(error: BaseException) -> Iterator[BaseException]:
     """The error that a worker raised, out of the ones that Ray wraps it in: from the outermost to the innermost."""
     cause: BaseException | None = error
@@ -115,6 +138,34 @@ def train_controller() -> Any:
     if get_train_context is None:
         raise LookupError(f"ray must have {TRAIN_CONTEXT}")
     return get_train_context().controller_actor
+
+
+def ping(address: str, timeout_s: float) -> None:
+    """Check that the head of a Ray cluster answers at an address. Ray itself would wait for minutes.
+
+    Args:
+        address: HOST:PORT, or ray://HOST:PORT, where it is enough that something speaks gRPC.
+        timeout_s: how long to wait.
+
+    Raises:
+        OSError: nothing answers in time, or something that is no Ray.
+    """
+    import grpc  # type: ignore[import-untyped]
+
+    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+        return  # whoever listens wants the certificate that Ray has
+    # A proxy for the web knows nothing of the cluster.
+    options = [("grpc.enable_http_proxy", 0), ("grpc.enable_retries", 0)]
+    with grpc.insecure_channel(address.removeprefix("ray://"), options=options) as channel:
+        try:
+            channel.unary_unary(GCS_PING)(b"", timeout=timeout_s, wait_for_ready=False)
+        except grpc.RpcError as error:
+            code = error.code()
+            if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise OSError(f"what listens there gives no answer as Ray does ({code.name})") from error
+            if code == grpc.StatusCode.UNIMPLEMENTED and not address.startswith("ray://"):
+                raise OSError("what listens there is not the head of a Ray cluster") from error
+            # Any other refusal, for lack of a token for example, is an answer of Ray's.
 
 
 def quiet_ray_data(context: Any) -> None:

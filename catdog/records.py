@@ -5,12 +5,15 @@ the keys of the JSON that `--json` prints and that is saved beside the result.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
     """The base of all records."""
+
+    failure_exit_code: ClassVar[int] = 1
+    """What the command exits with where there is a complaint."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, in the order of the fields."""

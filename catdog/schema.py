@@ -15,15 +15,17 @@ CLASS_NAMES: Final = ("cat", "dog")
 ERROR_CODES: Final = (
     "not_found",  # listed, but gone when it was read
     "permission_denied",
+    "unreachable",  # on a storage that is not the job's own, and kept failing
     "empty_file",
     "unsupported_format",  # not an image, or one in a format or pixel mode that catdog does not read
     "truncated",
     "too_large",  # more pixels or bytes than the limits in catdog.images and catdog.storage
     "decode_failed",
+    "decoder_died",  # the process that decoded it crashed, or ran out of memory
 )
 """The reasons why an image has no label. The list is closed, so that programs may branch on its codes."""
 
-REJECT_REASONS: Final = (*ERROR_CODES, "exact_duplicate", "conflicting_label")
+REJECT_REASONS: Final = (*ERROR_CODES, "exact_duplicate", "near_duplicate", "conflicting_label")
 """The reasons why a listed file is not in a dataset's shards."""
 
 SPLITS: Final = ("train", "val", "test")

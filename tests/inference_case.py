@@ -1,6 +1,7 @@
 """What the tests of bulk prediction share: a small model, photographs, and reading an output back."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import signal
@@ -20,9 +21,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from catdog import bundle, drawings
+from catdog import bundle, drawings, storage
 from catdog.architectures import LOGITS_LAYER, build_model, exported
 from catdog.engines import Arithmetic
+from catdog.inference.work import Job
 from catdog.schema import CLASS_NAMES
 
 SIZE_PX = 48
@@ -56,6 +58,25 @@ class Says:
 
     def predict(self, images_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         return self.logits_B
+
+
+def job_of(output: Path | str, model: str, claim: storage.Claim, **changes: Any) -> Job:
+    """What a worker is told that labels with a model while `claim` holds the output."""
+    job = Job(
+        model=model,
+        model_id=bundle.read_card(model)[1],
+        output=str(output),
+        claim_url=claim.url,
+        claim_owner=storage.read_json(claim.url)["owner"],
+        roots=(),
+        own=("",),
+        is_after_death=False,
+        run_id="run",
+        batch_size=8,
+        engine="auto",
+        use_gpu=False,
+    )
+    return dataclasses.replace(job, **changes)
 
 
 def encoded_drawings(num: int) -> list[bytes]:

@@ -19,7 +19,7 @@ from s3_server import S3Server
 
 from catdog import storage
 from catdog.errors import ImageError
-from catdog.storage import filesystems
+from catdog.storage import outages
 
 FILES = {
     "b/cat.2.jpg": b"two",
@@ -117,7 +117,8 @@ def no_s3_server(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def flaky(no_s3_server: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FlakyS3]]:
     """The handler of a server that answers as the test tells it to; the settings for S3 name that server."""
-    monkeypatch.setattr(filesystems, "_PATIENCE_S", 600.0)  # this machine may be busy
+    monkeypatch.delenv(outages.PATIENCE_VARIABLE, raising=False)
+    outages.forget_all()
     handler = type("Handler", (FlakyS3,), {"answers": [], "num_requests": 0})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))

@@ -1,7 +1,9 @@
 """Model bundles: what is saved is loaded, and what is damaged is refused."""
 
 import json
+import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,17 @@ def test_a_remote_bundle_lies_in_the_cache(saved: Path, tmp_path: Path, monkeypa
     loaded.paths[bundle.MODEL_NAME].write_bytes(b"damaged")
     again = bundle.load("memory://test_bundle")
     assert again.paths[bundle.MODEL_NAME].read_bytes() == (saved / bundle.MODEL_NAME).read_bytes()
+
+
+def test_a_remote_bundle_needs_no_home(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))  # no directory can be made there
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for path in saved.iterdir():
+        storage.publish_file(f"memory://test_bundle/homeless/{path.name}", str(path))
+    for path in bundle.load("memory://test_bundle/homeless").paths.values():
+        assert path.is_relative_to(tmp_path / f"catdog-cache-{os.getuid()}")
+        assert path.is_file()
 
 
 def test_golden_images_differ_and_are_full_of_detail() -> None:

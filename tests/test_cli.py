@@ -13,10 +13,11 @@ import pytest
 
 from catdog import __version__, cli, drawings
 from catdog.config import BenchChaosConfig, PredictConfig, flag
+from catdog.config.labelling import VerifyConfig
 from catdog.errors import StorageError
 
 PROJECT = Path(__file__).resolve().parents[1]
-JOBS = ["prepare", "train", "evaluate", "predict"]
+JOBS = ["prepare", "train", "evaluate", "predict", "verify"]
 
 
 def fails(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:
@@ -40,7 +41,8 @@ def unwrapped(text: str) -> str:
 
 
 COMMANDS = (
-    "catdog must be given one of the commands demo, prepare, train, evaluate, predict, bench train, bench chaos. "
+    "catdog must be given one of the commands demo, prepare, train, evaluate, predict, verify, bench train, "
+    "bench chaos. "
     "Received: "
 )
 BENCH = "catdog bench must be given one of the commands train, chaos. Received: "
@@ -68,6 +70,13 @@ TRAIN = "train --data d --output o "
         ),
         ("train", "catdog train needs --data and --output. Received: catdog train"),
         ("predict --images i", "catdog predict needs --output. Received: catdog predict --images i"),
+        ("verify", "catdog verify needs OUTPUT. Received: catdog verify"),
+        ("verify --json", "catdog verify needs OUTPUT. Received: catdog verify --json"),
+        ("verify o p", "catdog verify takes only the flags that catdog verify --help lists. Received: p"),
+        (
+            "verify --output o",
+            "catdog verify takes only the flags that catdog verify --help lists. Received: --output",
+        ),
         ("train --data", "--data needs a value. Received: catdog train --data"),
         (TRAIN + "--foo", "catdog train takes only the flags that catdog train --help lists. Received: --foo"),
         (TRAIN + "--foo 3", "catdog train takes only the flags that catdog train --help lists. Received: --foo 3"),
@@ -185,7 +194,7 @@ def test_help_describes_every_flag(capsys: pytest.CaptureFixture[str], command: 
     assert err == ""
     config_type = cli.COMMANDS[command].config_type
     for field in dataclasses.fields(config_type):
-        assert f"{flag(field.name)}" in out
+        assert (field.name.upper() if field.metadata.get("positional") else flag(field.name)) in out
     for common in ("--dry-run", "--json", "--verbose"):
         assert common in out
     assert str(config_type.__doc__) in unwrapped(out)
@@ -235,6 +244,29 @@ def test_flags_reach_the_configuration() -> None:
         images="a", output="b", model="c", executor="inline", num_workers=3, retry_errors=True
     )
     assert invocation.common == cli.CommonFlags(json=True)
+
+
+@pytest.mark.parametrize(
+    "line", ["--images a b --output o", "--images a --output o --images=b", "--images a --images b"]
+)
+def test_images_may_be_several_places(line: str) -> None:
+    _, invocation = cli.parse(["predict", *line.replace("--output o", "").split(), "--output", "o"])
+    assert invocation.config == PredictConfig(images=("a", "b"), output="o")
+    assert invocation.config.sources == ("a", "b")
+
+
+def test_a_value_may_stand_without_a_flag() -> None:
+    for line in ("verify s3://b/out --json", "verify --json s3://b/out"):
+        name, invocation = cli.parse(line.split())
+        assert (name, invocation.config) == ("verify", VerifyConfig(output="s3://b/out"))
+        assert invocation.common == cli.CommonFlags(json=True)
+
+
+def test_help_shows_a_value_without_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    helps(["verify", "--help"])
+    out = unwrapped(capsys.readouterr().out)
+    assert out.startswith("usage: catdog verify OUTPUT [FLAGS] Recount everything ")
+    assert "positional arguments: OUTPUT Directory of the predictions." in out
 
 
 def test_flags_reach_a_command_of_two_words() -> None:

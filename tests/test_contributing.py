@@ -260,6 +260,17 @@ def test_a_private_name_elsewhere_is_named() -> None:
 # What the checks say of something forgotten.
 
 
+@pytest.fixture(autouse=True)
+def tables_as_they_were() -> Iterator[None]:
+    """Restore the tables in their order: `monkeypatch` puts a removed entry back at the end."""
+    tables: list[dict[str, Any]] = [ARCHITECTURES, ENGINES, cli.COMMANDS]
+    saved = [dict(each) for each in tables]
+    yield
+    for each, entries in zip(tables, saved, strict=True):
+        each.clear()
+        each.update(entries)
+
+
 def says(sentences: Iterable[str], expected: str) -> None:
     assert expected in list(sentences)
 

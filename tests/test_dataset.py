@@ -116,10 +116,12 @@ def test_duplicates_never_straddle_and_every_file_has_one_fate(files: list[tuple
         connection.execute(
             "CREATE TABLE listing (row BIGINT, uri VARCHAR, version VARCHAR, num_bytes BIGINT, label TINYINT)"
         )
+        connection.execute("CREATE TABLE given (row BIGINT, split VARCHAR)")
         catalog.insert(connection, "listing", pa.Table.from_pylist(listing, schema=catalog.LISTING_SCHEMA))
         grouping.create(connection)
         grouping.add(connection, pa.Table.from_pylist(rows, schema=scan.LIGHT_SCHEMA), config)
-        grouping.decide(connection)
+        looks = pa.table({"row": range(len(files)), "thumbnail": [scan.thumbnail(picture(0))] * len(files)})
+        grouping.decide(connection, "group", lambda _: looks)
         fates = connection.sql("SELECT row, image_id, split, reason, message FROM fates ORDER BY row").fetchall()
     assert [row for row, *_ in fates] == list(range(len(files)))
     groups: dict[object, list[int]] = {}
@@ -251,7 +253,7 @@ def test_foreign_output_is_refused(tmp_path: Path, photos: Path) -> None:
     (output / "dataset.json").write_text('{"title": "thesis"}')
     with pytest.raises(OutputRefusedError, match="must be one that prepare wrote"):
         prepare(PrepareConfig(images=str(photos), output=str(output)))
-    with pytest.raises(UsageError, match="--output must not lie in --images"):
+    with pytest.raises(UsageError, match="--output must not lie inside --images"):
         prepare(PrepareConfig(images=str(photos), output=str(photos / "out")))
     assert sorted(path.name for path in output.iterdir()) == ["_staging", "chapter1.tex", "dataset.json"]
 

@@ -283,3 +283,54 @@ def test_killed_and_run_again(ray: None, photos: Path, tmp_path: Path, monkeypat
     assert sorted(os.listdir(output)) == ["dataset.json", "rejects.parquet", "samples.png", *sorted(SPLITS)]
     assert os.listdir(output / "train") == ["part-00000.parquet"]
     assert pq.read_schema(output / "train" / "part-00000.parquet").equals(DATASET_SCHEMA)
+
+
+def test_a_given_split_an_extension_and_frames_of_one_camera(ray: None, tmp_path: Path) -> None:
+    """Folders keep their split; a dataset that extends it moves no image; frames of one camera are kept."""
+    root = tmp_path / "photos"
+    for number in range(24):
+        folder = ("train", "train", "validation")[number % 3]
+        write(root / folder / f"{CLASS_NAMES[number % 2]}s" / f"{number}.jpg", encoded(picture(number)))
+    write(root / "train/cats/copy.jpg", (root / "validation/cats/2.jpg").read_bytes())
+    write(root / "train/setup.py", b"import sys\n")
+    background = picture(500, 300)
+    for number in range(12):
+        frame = background.copy()
+        frame.paste(picture(600 + number, 45), (20 * number, 100))
+        write(root / "train" / f"{CLASS_NAMES[number % 2]}s" / f"camera{number}.jpg", encoded(frame, quality=90))
+    first = prepare(PrepareConfig(images=str(root), output=str(tmp_path / "first"), test_fraction=0.3))
+    assert first.given_splits == {"train": 29, "val": 8}
+    assert first.reasons == {"exact_duplicate": 1, "unsupported_format": 1}
+    rows = rows_of(str(tmp_path / "first"))
+    assert {uri for uri, row in rows.items() if row["split"] == "val"} == {
+        str(path) for path in (root / "validation").rglob("*.jpg")
+    }
+    assert first.counts["test"]["cat"] + first.counts["test"]["dog"] > 0
+    raw = load_info(str(tmp_path / "first")).raw
+    assert raw["given_splits"] == first.given_splits
+    assert raw["near_duplicates"]["groups_in_several_splits"] == 0
+
+    # The same photographs, elsewhere, without folders that say anything, and near-duplicates of each.
+    more = tmp_path / "more"
+    for path in root.rglob("*.jpg"):
+        write(more / path.parent.name / f"{path.parent.parent.name}-{path.name}", path.read_bytes())
+    for number in range(24):
+        write(more / f"{CLASS_NAMES[number % 2]}s" / f"new{number}.png", encoded(picture(number, 40), "PNG"))
+    second = prepare(PrepareConfig(images=str(more), output=str(tmp_path / "second"), extends=str(tmp_path / "first")))
+    before = {row["image_id"]: row["split"] for row in rows.values()}
+    after = {row["image_id"]: row["split"] for row in rows_of(str(tmp_path / "second")).values()}
+    assert before.items() <= after.items()
+    assert load_info(str(tmp_path / "second")).raw["near_duplicates"]["groups_in_several_splits"] == 0
+    assert second.kept == first.kept + 24
+    again = prepare(PrepareConfig(images=str(more), output=str(tmp_path / "second"), extends=str(tmp_path / "first")))
+    assert again.already_done
+
+    # Version 0.1.0 knew none of these fields.
+    path = tmp_path / "second" / "dataset.json"
+    old = json.loads(path.read_text())
+    for name in ("given_splits", "near_duplicates", "label_rows", "unmatched_label_rows"):
+        del old[name]
+    for name in ("split", "near_duplicates", "extends"):
+        del old["config"][name]
+    path.write_text(json.dumps(old))
+    assert prepare(PrepareConfig(images=str(more), output=str(tmp_path / "second"))).already_done

@@ -228,6 +228,7 @@ def test_the_limits_are_those_of_the_code() -> None:
 def exit_codes() -> set[int]:
     classes = [each for _, each in inspect.getmembers(errors, inspect.isclass)]
     raised = {each.exit_code for each in classes if issubclass(each, errors.CatdogError)}
+    raised |= {record.failure_exit_code for record in Record.__subclasses__()}
     return raised | {value for name, value in vars(cli).items() if name.startswith("EXIT_")}
 
 

@@ -456,3 +456,94 @@ def test_cut_jpegs_are_truncated() -> None:
     whole = encode(photo(400, 300), "JPEG")
     codes = [decodes_or_is_named(whole[:cut]) for cut in range(700, len(whole) - 200, 97)]
     assert set(codes) == {"truncated"}
+
+
+PICTURE, THUMBNAIL, OTHER = (200, 30, 40), (20, 120, 220), (30, 200, 60)
+
+
+def page(colour: tuple[int, int, int], width: int, height: int, kind: int | None = None) -> tuple[bytes, int | None]:
+    """Raw RGB pixels, and what the page's NewSubfileType says."""
+    return struct.pack("<II", width, height) + bytes(colour) * (width * height), kind
+
+
+def tiff_file(
+    *pages: tuple[bytes, int | None], below: tuple[bytes, int | None] | None = None, raw: bool = False
+) -> bytes:
+    """A TIFF file with these pages and one that belongs to the first. `raw` makes the last a mosaic of a sensor."""
+    data = bytearray(b"II*\0\0\0\0\0")
+    link = 4
+
+    def add(content: bytes, kind: int | None, *, is_mosaic: bool, below_at: int | None = None) -> tuple[int, int]:
+        """Append a page. Returns its place, and where the place of the next one is to stand."""
+        width, height = struct.unpack("<II", content[:8])
+        bits_at = len(data)
+        data.extend(struct.pack("<3H", 8, 8, 8) + b"\0\0")
+        strip_at = len(data)
+        data.extend(content[8:] + b"\0" * (-len(content) % 4))
+        entries = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, bits_at), (259, 3, 1, 1)]
+        entries += [(262, 3, 1, 32803 if is_mosaic else 2), (273, 4, 1, strip_at), (277, 3, 1, 3)]
+        entries += [(278, 4, 1, height), (279, 4, 1, width * height * 3)]
+        entries += [] if kind is None else [(254, 4, 1, kind)]
+        entries += [] if below_at is None else [(330, 4, 1, below_at)]
+        at = len(data)
+        packed = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
+        data.extend(struct.pack("<H", len(entries)) + packed + bytes(4) + bytes(-(2 + len(packed) + 4) % 4))
+        return at, at + 2 + len(packed)
+
+    below_at = None if below is None else add(*below, is_mosaic=raw)[0]
+    for number, (content, kind) in enumerate(pages):
+        is_mosaic = raw and below is None and number == len(pages) - 1
+        at, next_link = add(content, kind, is_mosaic=is_mosaic, below_at=below_at if number == 0 else None)
+        data[link : link + 4] = struct.pack("<I", at)
+        link = next_link
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("pages", "colour", "size"),
+    [
+        ([page(THUMBNAIL, 16, 12, 1), page(PICTURE, 60, 40, 0)], PICTURE, (60, 40)),  # the file says which is which
+        ([page(THUMBNAIL, 15, 10), page(PICTURE, 60, 40)], PICTURE, (60, 40)),  # their sizes say it
+        ([page(THUMBNAIL, 15, 10), page(OTHER, 30, 20), page(PICTURE, 60, 40)], PICTURE, (60, 40)),
+        ([page(PICTURE, 60, 40), page(THUMBNAIL, 15, 10)], PICTURE, (60, 40)),
+        ([page(PICTURE, 60, 40, 0), page(THUMBNAIL, 16, 12, 1)], PICTURE, (60, 40)),
+        ([page(PICTURE, 60, 40), page(OTHER, 60, 40)], PICTURE, (60, 40)),  # two pages of a document
+        ([page(PICTURE, 20, 20), page(OTHER, 20, 20), page(THUMBNAIL, 60, 60)], PICTURE, (20, 20)),
+        ([page(PICTURE, 40, 20), page(OTHER, 80, 80)], PICTURE, (40, 20)),
+        ([page(THUMBNAIL, 16, 12, 1), page(PICTURE, 60, 40, 2), page(OTHER, 60, 40, 2)], PICTURE, (60, 40)),
+        ([page(OTHER, 60, 40, 4), page(PICTURE, 60, 40, 0)], PICTURE, (60, 40)),  # a mask
+        ([page(PICTURE, 60, 40, 1)], PICTURE, (60, 40)),  # there is nothing else
+    ],
+)
+def test_of_the_pages_of_a_tiff_file_the_first_that_is_no_thumbnail_counts(
+    pages: list[tuple[bytes, int | None]], colour: tuple[int, int, int], size: tuple[int, int]
+) -> None:
+    data = tiff_file(*pages)
+    decoded = images.decode(data, 8)
+    assert (decoded.width, decoded.height) == size
+    np.testing.assert_array_equal(decoded.pixels_HWC, np.broadcast_to(np.array(colour, np.uint8), (8, 8, 3)))
+    canonical = images.canonical_bytes(data)
+    assert (canonical.width, canonical.height) == size
+    assert images.open_upright(data).getpixel((0, 0)) == colour
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        tiff_file(page(THUMBNAIL, 16, 12, 1), below=page(PICTURE, 60, 40, 0), raw=True),  # as DNG, NEF and ARW
+        tiff_file(page(THUMBNAIL, 16, 12, 1), below=page(PICTURE, 60, 40, 0)),
+        tiff_file(page(THUMBNAIL, 15, 10), below=page(PICTURE, 60, 40)),
+        tiff_file(page(THUMBNAIL, 16, 12, 1), page(PICTURE, 60, 40, 0), raw=True),
+    ],
+)
+def test_a_picture_of_which_only_a_thumbnail_can_be_read_is_refused(data: bytes) -> None:
+    error = error_of(data)
+    assert error.code == "unsupported_format"
+    assert str(error).startswith("only a thumbnail can be read of this picture of 60 x 40 px")
+
+
+def test_a_tiff_file_whose_pages_go_in_a_circle_is_read() -> None:
+    data = bytearray(tiff_file(page(PICTURE, 60, 40), page(OTHER, 60, 40)))
+    first = struct.unpack("<I", data[4:8])[0]
+    data[-6:-2] = struct.pack("<I", first)  # the last page's link, before two bytes of padding
+    assert tuple(pixels(bytes(data))[0, 0]) == PICTURE

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from inference_case import answers, archive, descendants, is_alive, kill_after_first_part, photographs
+from inference_case import answers, archive, descendants, is_alive, job_of, kill_after_first_part, photographs
 
-from catdog import ray_session
+from catdog import ray_session, storage
 from catdog.config import PredictConfig
 from catdog.errors import BundleError, CatdogError, StorageError
 from catdog.inference import RunRecord, executors, predict, verify
 from catdog.inference.books import Books
 from catdog.inference.plan import Slice
-from catdog.inference.work import Job
 
 pytestmark = pytest.mark.slow
 
@@ -68,13 +67,14 @@ def test_rows_are_those_of_one_process(tmp_path: Path, model: str) -> None:
 def test_an_actors_error_is_the_jobs_error(tmp_path: Path, model: str) -> None:
     images = photographs(tmp_path / "photos", 20)
     (tmp_path / "a-file").write_text("no directory")
-    with pytest.raises(StorageError, match=r"a-file/out/part-.* cannot be written"):
+    with pytest.raises(StorageError, match=r"a-file/out cannot be written"):
         run(images, tmp_path / "a-file" / "out", model)
 
-    job = Job(model=model, model_id="x", output=str(tmp_path), run_id="", batch_size=8, engine="auto", use_gpu=False)
-    slices = [Slice(part="part-x.parquet", files=[])]
-    with pytest.raises(BundleError, match="must not change during a run"):
-        list(executors.run("ray", job, slices, None, None))
+    output = tmp_path / "out"
+    with storage.claimed(str(output), "predict") as claim:
+        job = job_of(output, model, claim, model_id="x")
+        with pytest.raises(BundleError, match="must not change during a run"):
+            list(executors.run("ray", job, [Slice(part="part-x.parquet", files=[], known=[])], None, None))
 
 
 @pytest.mark.usefixtures("embedded_ray")

@@ -13,10 +13,12 @@ LAYERS = [
     {"errors"},
     {"schema"},
     {"config", "portions"},
-    {"hardware"},
+    {"hardware", "scratch"},
     {"provenance"},
-    {"ray_session", "ray_internals"},
+    {"ray_internals"},
+    {"ray_session"},
     {"storage"},
+    {"tiff"},
     {"images"},
     {"metrics"},
     {"calibration"},
@@ -51,7 +53,7 @@ OWNERS = {
     "keras": {"architectures", "bench", "bundle", "training"},
     "matplotlib": {"report"},
     "openvino": {"engines"},
-    "PIL": {"images", "report", "dataset", "drawings"},  # all but `images` only draw: see below
+    "PIL": {"tiff", "images", "report", "dataset", "drawings"},  # all but `images` only draw: see below
     "ray": {"ray_session", "ray_internals", "dataset", "training", "tuning", "inference", "serving"},
     "ray.data": {"dataset", "training", "inference"},
     "ray.serve": {"serving"},

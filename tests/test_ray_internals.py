@@ -11,16 +11,24 @@ import ray
 import ray.data
 import ray.train
 
-from catdog import ray_internals
+from catdog import ray_internals, scratch
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    with scratch.directory("ray", parent=scratch.short_base(20)) as directory:
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=directory,
+        )
+        yield
+        ray.shutdown()
 
 
 def moved(name: str) -> str:
@@ -81,6 +89,23 @@ def test_a_lost_worker_is_told_from_one_that_failed() -> None:
     assert ray_internals.is_lost_worker(died), moved(f"{ray_internals.HEALTH_CHECK_ERROR}.health_check_failure")
     assert not ray_internals.is_lost_worker(health_check_error("Slow.", ray.exceptions.GetTimeoutError()))
     assert not ray_internals.is_lost_worker(ValueError("mine"))
+
+
+def test_a_worker_that_was_killed_for_memory_is_told_from_one_that_was_killed() -> None:
+    health_check_error = ray_internals.find(ray_internals.HEALTH_CHECK_ERROR)
+    assert health_check_error is not None
+    low = ray.exceptions.OutOfMemoryError("1 worker(s) were killed due to the node running low on memory.")
+    said = ray.exceptions.ActorDiedError()
+    said.error_msg = "Task was killed due to the node running low on memory."
+    # What Ray says of whatever process is gone.
+    usual = ray.exceptions.ActorDiedError()
+    usual.error_msg = (
+        "Some common causes include: (1) the process was killed by the OOM killer due to high memory usage"
+    )
+    for cause, is_memory in ((low, True), (said, True), (usual, False), (ValueError("mine"), False)):
+        for failure in (cause, health_check_error("A worker health check failed.", cause)):
+            group = ray.train.WorkerGroupError("Training failed", {0: ValueError("another"), 1: failure})
+            assert ray_internals.is_out_of_memory(group) is is_memory, (cause, failure)
 
 
 def test_the_error_that_a_worker_raised_is_found_in_what_ray_wraps_it_in() -> None:

@@ -1,12 +1,14 @@
 """`catdog.storage.archives`: zip archives, read in place on each kind of storage."""
 
 import gc
+import io
 import random
 import struct
 import threading
 import warnings
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -72,8 +74,21 @@ def test_an_archive_replaced_while_it_is_read_is_opened_again(s3: S3Server, monk
     storage.publish_bytes(url, make_zip({"a.jpg": b"first", "noise": noise, "z.jpg": b"last"}))
     uris = [file.uri for file in storage.list_images(url)]
     storage.publish_bytes(url, make_zip({"a.jpg": b"second", "noise": noise[::-1], "z.jpg": b"other"}))
+    assert storage.read_source(uris[0]) == b"second"
+    storage.publish_bytes(url, make_zip({"z.jpg": b"short"}))
+    assert storage.read_source(uris[2]) == b"short"
+    storage.publish_bytes(url, make_zip({"a.jpg": b"second", "noise": noise[::-1], "z.jpg": b"other"}))
     assert storage.read_source(uris[1]) == noise[::-1]
     assert storage.read_source(uris[2]) == b"other"
+
+
+def test_a_member_of_a_replaced_archive_is_found(ranges: "Ranges") -> None:
+    url = "memory://z/x.zip"
+    storage.publish_bytes(url, make_zip({"a.jpg": b"first"}))
+    assert storage.read_source(f"zip://a.jpg::{url}") == b"first"
+    storage.publish_bytes(url, make_zip({"long/b.jpg": b"second", "a.jpg": b"third"}))
+    assert storage.read_source(f"zip://long/b.jpg::{url}") == b"second"
+    assert storage.read_source(f"zip://a.jpg::{url}") == b"third"
 
 
 def test_no_archive_is_a_usage_error(root: str) -> None:
@@ -161,6 +176,135 @@ def test_few_archives_stay_open(tmp_path: Path) -> None:
     files = list(storage.list_images(f"{tmp_path}/*.zip"))
     assert [storage.read_source(file.uri) for file in files] == [b"%d" % i for i in sorted(range(12), key=str)]
     assert len(archives._archives) <= archives._MAX_OPEN
+
+
+def test_members_whose_names_begin_with_a_dot_and_a_slash(root: str) -> None:
+    files = {
+        "./photos/cat.1.jpg": b"1",
+        "photos/cat.2.jpg": b"2",
+        "./photos/./../photos/cat.3.jpg": b"3",
+        "../cat.4.jpg": b"4",
+        "./.hidden/cat.5.jpg": b"5",
+        "./photos/.cat.6.jpg": b"6",
+    }
+    url = f"{root}/x.zip"
+    storage.publish_bytes(url, make_zip(files))
+    listed = list(storage.list_images(url))
+    assert [file.uri for file in listed] == [f"zip://{name}::{url}" for name in list(files)[:4]]
+    assert list(storage.read_sources([file.uri for file in listed])) == [b"1", b"2", b"3", b"4"]
+    assert list(storage.list_images(f"zip://photos::{url}")) == listed[:3]
+    assert list(storage.list_images(f"zip://./photos/::{url}")) == listed[:3]
+    assert list(storage.list_images(f"zip://photos/cat.1.jpg::{url}")) == listed[:1]
+
+
+def twice(*members: tuple[str, bytes]) -> bytes:
+    """An archive that names members more than once."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, data in members:
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [("a.jpg", b"first"), ("a.jpg", b"last!")],
+        [("x/a.jpg", b"1"), ("x/b.jpg", b"2"), ("x/a.jpg", b"33"), ("x/a.jpg", b"")],
+        [("./a.jpg", b"1"), ("a.jpg", b"2"), ("./a.jpg", b"3")],
+    ],
+)
+def test_every_member_of_a_name_is_listed_and_read(root: str, members: list[tuple[str, bytes]]) -> None:
+    url = f"{root}/x.zip"
+    storage.publish_bytes(url, twice(*members))
+    files = list(storage.list_images(url))
+    assert [(file.uri, file.version) for file in files] == [
+        (f"zip://{name}::{url}", f"{zlib.crc32(data):08x}-{len(data)}") for name, data in members
+    ]
+    uris, sizes, versions = zip(*((file.uri, file.num_bytes, file.version) for file in files), strict=True)
+    read = list(storage.read_sources(uris, sizes, versions))
+    assert [data if isinstance(data, bytes) else b"" for data in read] == [data for _, data in members]
+    last = dict(members)
+    for name, data in members:
+        if last[name]:
+            assert storage.read_source(f"zip://{name}::{url}") == last[name]
+            assert storage.read_source(f"zip://{name}::{url}", None, "no such version") == last[name]
+        if data:
+            assert storage.read_source(f"zip://{name}::{url}", version=f"{zlib.crc32(data):08x}-{len(data)}") == data
+
+
+class Ranges:
+    """Counts what is fetched from the archives in `memory://`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.num_bytes: list[int] = []
+        self.barrier: threading.Barrier | None = None
+        kind = type(fsspec.filesystem("memory"))
+        cat_file = kind.cat_file
+
+        def counted(fs: object, path: str, start: int | None = None, end: int | None = None) -> bytes:
+            data: bytes = cat_file(fs, path, start, end)
+            if start is not None:
+                self.num_bytes.append(len(data))
+                if self.barrier is not None:
+                    self.barrier.wait(30)
+            return data
+
+        monkeypatch.setattr(kind, "cat_file", counted)
+
+
+@pytest.fixture
+def ranges(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranges]:
+    archives.forget("memory://z/x.zip")  # another test may have read one of this name
+    yield Ranges(monkeypatch)
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_a_remote_archive_is_fetched_once_whatever_the_order(ranges: Ranges) -> None:
+    files = {f"{i:03}.jpg": random.Random(i).randbytes(3000) for i in range(200)}
+    names = list(files)
+    random.Random(0).shuffle(names)
+    archive = make_zip({name: files[name] for name in names}, zipfile.ZIP_DEFLATED)
+    storage.publish_bytes("memory://z/x.zip", archive)
+    uris = [file.uri for file in storage.list_images("memory://z/x.zip")]
+    assert uris == [f"zip://{name}::memory://z/x.zip" for name in names]  # as they lie there
+    assert list(storage.read_sources(sorted(uris))) == list(files.values())
+    assert len(ranges.num_bytes) == 200
+    assert sum(ranges.num_bytes) < 1.2 * len(archive)
+
+
+def test_threads_do_not_wait_for_each_other_while_they_fetch(ranges: Ranges) -> None:
+    storage.publish_bytes("memory://z/x.zip", make_zip({f"{i}.jpg": b"%d" % i for i in range(8)}))
+    uris = [file.uri for file in storage.list_images("memory://z/x.zip")]
+    ranges.barrier = threading.Barrier(8)  # each request ends only when eight are under way
+    assert list(storage.read_sources(uris)) == [b"%d" % i for i in range(8)]
+
+
+def test_a_member_with_a_long_header(ranges: Ranges) -> None:
+    info = zipfile.ZipInfo("a.jpg")
+    info.extra = struct.pack("<HH", 0xCAFE, 5000) + bytes(5000)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(info, b"data" * 100)
+        archive.infolist()[0].extra = b""  # in the directory
+    storage.publish_bytes("memory://z/x.zip", buffer.getvalue())
+    assert storage.read_source("zip://a.jpg::memory://z/x.zip") == b"data" * 100
+    assert len(ranges.num_bytes) == 2
+
+
+@pytest.mark.parametrize("what", ["header", "data", "end"])
+def test_a_damaged_remote_member_is_one_bad_image(ranges: Ranges, what: str) -> None:
+    archive = bytearray(make_zip({"good.jpg": b"good", "bad.jpg": bytes(range(250)) * 9}, zipfile.ZIP_STORED))
+    at = {"header": archive.rindex(b"PK\x03\x04"), "data": archive.index(b"bad.jpg") + 99, "end": 0}[what]
+    archive[at : at + (4 if at else 0)] = b"\xff" * (4 if at else 0)
+    if not at:  # the directory says that the member is longer than the archive
+        directory = archive.rindex(b"PK\x01\x02")
+        archive[directory + 20 : directory + 24] = struct.pack("<I", 10**6)
+    storage.publish_bytes("memory://z/x.zip", bytes(archive))
+    assert storage.read_source("zip://good.jpg::memory://z/x.zip") == b"good"
+    error = image_error("zip://bad.jpg::memory://z/x.zip")
+    assert error.code == ("truncated" if what == "end" else "decode_failed")
 
 
 def test_kaggles_archive(shared_data: Path) -> None:

@@ -1,5 +1,6 @@
 """`catdog.storage.filesystems`: what is tried again, for how long, and which error comes out."""
 
+import datetime
 import importlib
 import socket
 import sys
@@ -14,7 +15,7 @@ from storage_case import FlakyS3
 
 from catdog import storage
 from catdog.errors import ImageError, StorageError
-from catdog.storage import filesystems
+from catdog.storage import filesystems, outages
 
 pytest_plugins = ["s3_server", "storage_case"]
 
@@ -28,7 +29,10 @@ def test_an_error_is_told_while_a_client_is_being_imported(tmp_path: Path, monke
         filesystems.attempt(str(tmp_path), tmp_path.rmdir)
 
 
-@pytest.mark.parametrize(("module", "name"), sorted({*filesystems._CLIENT_ERRORS, *filesystems._PASSING_CLIENT_ERRORS}))
+@pytest.mark.parametrize(
+    ("module", "name"),
+    sorted({*filesystems._CLIENT_ERRORS, *filesystems._PASSING_CLIENT_ERRORS, *filesystems._UNREACHABLE_ERRORS}),
+)
 def test_the_errors_of_clients_are_where_they_were(module: str, name: str) -> None:
     package = importlib.import_module(module.partition(".")[0])
     says = f"{package.__name__} {package.__version__} moved {module}.{name}: mend catdog/storage/filesystems.py"
@@ -38,14 +42,14 @@ def test_the_errors_of_clients_are_where_they_were(module: str, name: str) -> No
 
 
 def test_retries_end_when_patience_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filesystems, "_PATIENCE_S", 0.0)
+    monkeypatch.setenv(outages.PATIENCE_VARIABLE, "0")
     calls: list[int] = []
 
     def fail() -> None:
         calls.append(1)
         raise TimeoutError("timed out")
 
-    with pytest.raises(StorageError, match=r"s3://b/x: the storage failed: timed out"):
+    with pytest.raises(StorageError, match=r"s3://b/x: the storage failed for 0 s: timed out"):
         filesystems.attempt("s3://b/x", fail)
     assert len(calls) == 1
 
@@ -119,6 +123,9 @@ def test_a_connection_cut_in_the_middle_is_retried(flaky: type[FlakyS3]) -> None
 
 @pytest.mark.slow
 def test_what_does_not_pass_is_not_retried(flaky: type[FlakyS3]) -> None:
+    flaky.answers = [(403, "ExpiredToken")]  # keys that never worked
+    with pytest.raises(StorageError, match=r"s3://bucket/a.jpg"):
+        storage.read_source("s3://bucket/a.jpg", 11)
     for answer, code in [
         ((404, "NoSuchKey"), "not_found"),
         ((403, "AccessDenied"), "permission_denied"),
@@ -128,7 +135,7 @@ def test_what_does_not_pass_is_not_retried(flaky: type[FlakyS3]) -> None:
         with pytest.raises(ImageError) as caught:
             storage.read_source("s3://bucket/a.jpg", 11)
         assert caught.value.code == code
-    for answer in [(403, "ExpiredToken"), (403, "InvalidAccessKeyId"), (404, "NoSuchBucket"), (400, "InvalidRequest")]:
+    for answer in [(403, "InvalidAccessKeyId"), (404, "NoSuchBucket"), (400, "InvalidRequest")]:
         flaky.answers = [answer]
         with pytest.raises(StorageError, match=r"s3://bucket/a.jpg"):
             storage.read_source("s3://bucket/a.jpg", 11)
@@ -139,3 +146,22 @@ def test_what_does_not_pass_is_not_retried(flaky: type[FlakyS3]) -> None:
     flaky.answers = [(403, "AccessDenied")] * 3
     with pytest.raises(StorageError, match=r"s3://bucket/out.bin cannot be written"):
         storage.publish_bytes("s3://bucket/out.bin", b"x")
+
+
+@pytest.mark.parametrize(
+    ("info", "version"),
+    [
+        ({"size": 5, "ETag": '"abc"'}, "abc"),
+        ({"size": None, "ETag": 'W/"abc"'}, 'W/"abc'),
+        ({"size": 5, "Content-MD5": "x=="}, "x=="),
+        ({"size": 5, "Last-Modified": "Thu, 01 Jan 1970 00:00:00 GMT"}, "5-Thu, 01 Jan 1970 00:00:00 GMT"),
+        ({"size": None, "Last-Modified": "then"}, "-then"),
+        ({"Size": 7, "LastModified": datetime.datetime.fromtimestamp(2, datetime.UTC)}, "7-2000000000"),
+        ({"size": 5, "mtime": 1.5}, "5-1500000000"),
+        ({"size": 5}, ""),
+        ({"size": None}, ""),
+        ({"ETag": "", "mtime": None}, ""),
+    ],
+)
+def test_a_version_is_evidence_of_sameness_or_empty(info: dict[str, object], version: str) -> None:
+    assert filesystems.version_of(info) == version

@@ -14,6 +14,7 @@ from storage_case import fill, names
 from catdog import storage
 from catdog.errors import OutputRefusedError, StorageError
 from catdog.storage import publishing
+from catdog.storage import s3 as storage_s3
 
 pytest_plugins = ["s3_server", "storage_case"]
 
@@ -119,3 +120,66 @@ def test_a_file_is_no_output(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x")
     with pytest.raises(OutputRefusedError, match=r"--output must be a directory"):
         storage.refuse_foreign_output(str(tmp_path / "a"), ("a",))
+
+
+NAMES = ["run[1]", "run*", "run?", "ru[!m]1", "run[1-3] *"]
+"""Names that are globs, too."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_no_glob(root: str, name: str) -> None:
+    others = {"run1/a.bin": b"1", "run2/b/a.bin": b"2", "run1x": b"3", "run1 x/a": b"4"}
+    fill(root, {**others, f"{name}/a.bin": b"mine", f"{name}/deep/{name}": b"mine, too", f"{name}/one": b"x"})
+    storage.delete(f"{root}/{name}/one")
+    assert storage.list_names(f"{root}/{name}") == ["a.bin", "deep"]
+    storage.publish_bytes(f"{root}/{name}/.a.{'0' * 32}.tmp", b"left behind")
+    storage.delete_temporaries(f"{root}/{name}")
+    with storage.claimed(f"{root}/{name}", "train") as claim:
+        assert storage.exists(claim.url)
+    assert not storage.exists(claim.url)
+    storage.refuse_foreign_output(f"{root}/{name}", ("deep",))
+    assert storage.read_bytes(f"{root}/{name}/deep/{name}") == b"mine, too"
+    assert names(f"{root}/{name}", root) == [f"{name}/a.bin", f"{name}/deep/{name}"]
+    storage.delete(f"{root}/{name}/deep/{name}")
+    storage.delete(f"{root}/{name}")
+    assert not storage.exists(f"{root}/{name}")
+    assert sorted(names(root, root)) == sorted(others)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_renaming_takes_no_name_for_a_glob(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publishing, "OBJECT_STORES", set())
+    fs = fsspec.filesystem("memory")
+    try:
+        fill("memory://renamed", {"run1/a.bin": b"other", f"{name}/a.bin": b"old", f"{name}/a.bin.tmp": b"another"})
+        storage.publish_bytes(f"memory://renamed/{name}/a.bin", b"new")
+        assert {path: fs.cat_file(path) for path in fs.find("/renamed")} == {
+            "/renamed/run1/a.bin": b"other",
+            f"/renamed/{name}/a.bin": b"new",
+            f"/renamed/{name}/a.bin.tmp": b"another",
+        }
+    finally:
+        fs.store.clear()
+
+
+@pytest.mark.slow
+def test_deleting_a_prefix_of_many_objects(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_s3, "_PAGE_OBJECTS", 10)
+    root = s3.new_bucket()
+    fill(root, {f"out/{i}/a b.bin": b"x" for i in range(25)} | {"out": b"x", "outer/a": b"y", "out.json": b"y"})
+    storage.delete(f"{root}/out")
+    assert names(root, root) == ["out.json", "outer/a"]
+    with pytest.raises(ValueError, match=r"a bucket is never deleted"):
+        storage.delete(root)
+
+
+def test_an_output_whose_name_is_not_utf_8(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    output = storage.absolute(path)
+    assert output == f"file://{tmp_path}/caf%E9"
+    with storage.claimed(output, "train"):
+        storage.publish_bytes(storage.join(output, "100 %.bin"), b"data")
+    assert storage.list_names(output) == os.listdir(path) == ["100 %.bin"]
+    assert storage.read_bytes(f"{output}/100%20%25.bin") == b"data"
+    storage.delete(output)
+    assert os.listdir(tmp_path) == []

@@ -1,8 +1,10 @@
 """`catdog.storage.reading`: images, and what catdog writes itself, on each kind of storage and from a web server."""
 
 import contextlib
+import email.utils
 import http.server
 import json
+import os
 import threading
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -46,11 +48,11 @@ class Reads:
         self._read_source = reading.read_source
         monkeypatch.setattr(reading, "read_source", self._read)
 
-    def _read(self, uri: str, expected_bytes: int | None = None) -> bytes:
+    def _read(self, uri: str, expected_bytes: int | None = None, version: str | None = None) -> bytes:
         with self._changed:
             self.num_begun += 1
             self._changed.notify_all()
-        return self._read_source(uri, expected_bytes)
+        return self._read_source(uri, expected_bytes, version)
 
     def wait_for(self, num_begun: int) -> None:
         with self._changed:
@@ -165,6 +167,7 @@ def test_any_bytes_make_the_round_trip(root: str, data: bytes, cuts: list[int]) 
 @pytest.mark.slow
 def test_a_web_server(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"from the web")
+    busy: list[int] = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args: object) -> None:
@@ -173,6 +176,8 @@ def test_a_web_server(tmp_path: Path) -> None:
         def do_GET(self) -> None:
             if "denied" in self.path:
                 self.send_error(403)
+            elif "busy" in self.path and busy:
+                self.send_error(busy.pop())
             else:
                 super().do_GET()
 
@@ -186,6 +191,17 @@ def test_a_web_server(tmp_path: Path) -> None:
         thread.start()
         host = f"http://127.0.0.1:{server.server_address[1]}"
         try:
+            busy += [503, 500, 429]
+            assert storage.read_source(f"{host}/a.jpg?busy") == b"from the web"
+            assert busy == []
+            (file,) = storage.list_images(f"{host}/a.jpg")
+            changed = email.utils.formatdate((tmp_path / "a.jpg").stat().st_mtime, usegmt=True)
+            assert file.version == f"12-{changed}"  # this server gives no ETag
+            (tmp_path / "a.jpg").write_bytes(b"from the WEB")
+            os.utime(tmp_path / "a.jpg", (0, 0))
+            (file,) = storage.list_images(f"{host}/a.jpg")
+            assert file.version == "12-Thu, 01 Jan 1970 00:00:00 GMT"
+            (tmp_path / "a.jpg").write_bytes(b"from the web")
             uris = [f"{host}/a.jpg", f"{host}/missing.jpg", f"{host}/denied.jpg"]
             read = list(storage.read_sources(uris, [12, 12, 12]))
             assert [data if isinstance(data, bytes) else data.code for data in read] == [

@@ -25,16 +25,25 @@ import pytest
 import ray
 from PIL import Image
 
-from catdog import architectures, bundle, drawings, images, provenance, ray_internals
+from catdog import architectures, bundle, drawings, images, provenance, ray_internals, scratch, storage
 from catdog.config import PrepareConfig, TrainConfig
 from catdog.dataset import prepare
 from catdog.dataset.reading import load_info
-from catdog.errors import DatasetError, OutputRefusedError, TrainingError, UsageError
+from catdog.errors import (
+    CatdogError,
+    ClaimLostError,
+    DatasetError,
+    OutputClaimedError,
+    OutputRefusedError,
+    StorageError,
+    TrainingError,
+    UsageError,
+)
 from catdog.training import TrainRecord, checkpoint, decoding, group, loop, progress, request, resolve, train
 from catdog.training.checkpoint import Checkpoint
 from catdog.training.feed import Share
 from catdog.training.observers import Observer, Tick, WorkerInfo
-from catdog.training.progress import Teller
+from catdog.training.progress import Started, Stepped, Tally, Teller
 from catdog.training.step import Learner
 
 pytestmark = pytest.mark.slow
@@ -55,9 +64,17 @@ NUM_EPOCHS, STEPS_PER_EPOCH, CHECKPOINT_STEPS = 3, 5, 2
 
 @pytest.fixture(scope="module", autouse=True)
 def small_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    with scratch.directory("ray", parent=scratch.short_base(20)) as directory:
+        ray.init(
+            address="local",
+            num_cpus=3,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=directory,
+        )
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +137,7 @@ def full_disk(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield None
         return
     script = f'{mount}; kept="$1"; shift; "$@"; code=$?; cp -R "$0/." "$kept"; exit $code'
-    line = [*isolated, script, str(disk), str(kept), *command(config(dataset, disk))]
+    line = [*isolated, script, str(disk), str(kept), *command(config(dataset, disk, max_failures=0))]
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         yield FullDisk(process, kept)
         process.kill()
@@ -246,7 +263,9 @@ def test_the_record_tells_what_a_training_came_to(undisturbed: Trained) -> None:
         "durations_s",
         "precision",
         "config",
+        "num_repeated_steps",
     ]
+    assert undisturbed.record.num_repeated_steps == 0
     assert json.loads(json.dumps(record.to_dict()))["metrics"] == card["metrics"]
     head, training, validation, temperature, shares, where = record.summary()
     assert head.startswith(f"Trained cnn for {NUM_EPOCHS} epochs in ")
@@ -276,6 +295,48 @@ def test_the_same_command_again_finds_it_done(trained: Path, dataset: str) -> No
     record = train(config(dataset, trained, num_workers=1, checkpoint_steps=7))
     assert record.resumed
     assert (trained / "bundle.json").read_bytes() == card
+
+
+def test_two_trainings_at_once_in_one_output_are_refused(dataset: str, tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    with storage.claimed(str(output), "train"):
+        before = sorted(output.iterdir())
+        with pytest.raises(OutputClaimedError, match=r"^--output must not be in use by another run: .* `catdog train`"):
+            train(config(dataset, output))
+        assert sorted(output.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 4}, r"^the model in --output must be that of this .* with a model of epochs=4 instead of 3; "),
+        ({"seed": 7}, r" with a model of seed=7 instead of 0; "),
+        ({"data_digest": "0"}, r" with a model of other data; "),
+        ({"training_config": None}, r" with a model of no configuration; "),
+    ],
+)
+def test_the_model_of_another_training_is_not_taken_for_the_one_that_was_asked_for(
+    trained: Path, dataset: str, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    output = tmp_path / "model"
+    shutil.copytree(trained, output)
+    card = json.loads((output / "bundle.json").read_text())
+    for name, value in change.items():
+        (card if name in card else card["training_config"])[name] = value
+    (output / "bundle.json").write_text(json.dumps(card))
+    with pytest.raises(TrainingError, match=message):
+        train(config(dataset, output))
+
+
+@pytest.mark.parametrize("name", ["model.keras", "history.csv"])
+def test_a_damaged_model_is_not_taken_for_the_one_that_was_asked_for(
+    trained: Path, dataset: str, tmp_path: Path, name: str
+) -> None:
+    output = tmp_path / "model"
+    shutil.copytree(trained, output)
+    (output / name).write_bytes((output / name).read_bytes()[:-1])
+    with pytest.raises(TrainingError, match=rf"^the model in --output must be whole\. Received: .*{name} is damaged"):
+        train(config(dataset, output))
 
 
 def test_another_configuration_in_the_same_output_is_refused(trained: Path, dataset: str) -> None:
@@ -377,11 +438,13 @@ def only_worker(config: TrainConfig, *, weights: bytes | None = None) -> Iterato
         steps_per_epoch=STEPS_PER_EPOCH,
         train=train_source,
         val=val_source,
+        claim_url=f"{config.output}/.catdog-claim-1.json",
         weights=None if weights is None else ray.put(weights),
         card={},
         observers=(),
         chief_observers=(),
     )
+    storage.publish_bytes(briefing.claim_url, b"{}")
     share = Share(rank=0, num_workers=1, batch_size=BATCH_SIZE)
     learner = Learner(resolved, share, steps_per_epoch=STEPS_PER_EPOCH, precision="float32")
     yield loop._Worker(briefing, share, learner, Observer(), checkpoint.load_latest(config.output)), learner
@@ -423,7 +486,24 @@ def test_weights_of_another_network_are_refused_before_any_checkpoint(
     message = r"^--weights must hold the weights of with_backbone without its classifier\. Received: \d+ bytes: "
     with only_worker(fine_tuning, weights=data) as (worker, _), pytest.raises(UsageError, match=message):
         worker.run()
-    assert not (tmp_path / "model").exists()
+    assert checkpoint.latest_step(fine_tuning.output) == -1
+
+
+def test_a_chief_whose_run_has_lost_the_output_writes_nothing_any_more(
+    small: None, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overtaken = config(dataset, tmp_path / "model", arch="plain", checkpoint_steps=1)
+    rule = r"^a training must hold the claim of its --output to its end\. Received: .*claim-1\.json is gone$"
+    with only_worker(overtaken) as (worker, _):
+        (tmp_path / "model" / ".catdog-claim-1.json").rename(tmp_path / "model" / ".catdog-claim-2.json")
+        with pytest.raises(ClaimLostError, match=rule):
+            worker.run()
+        assert checkpoint.latest_step(overtaken.output) == -1
+        # All steps are done, and the bundle is what is left to write.
+        monkeypatch.setattr(worker, "_restore", lambda: NUM_EPOCHS * STEPS_PER_EPOCH)
+        with pytest.raises(ClaimLostError, match=rule):
+            worker.run()
+    assert not (tmp_path / "model" / "bundle.json").exists()
 
 
 NOT_FINITE = r"^the loss must stay finite; .* The last good checkpoint is kept\. Received: loss=(nan|inf) in epoch 1$"
@@ -462,7 +542,7 @@ def test_weights_that_are_not_finite_end_every_worker_and_are_never_saved(
 def test_a_training_goes_on_unheard_where_the_queue_of_its_progress_dies(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="catdog")
     tick = Tick(epoch=2, num_epochs=3, step=4, steps_per_epoch=5, loss=0.25, images_per_s=1234.5, eta_s=4000)
-    with progress.followed() as channel:
+    with progress.followed(Tally()) as channel:
         teller = Teller(channel, WorkerInfo(rank=0, num_workers=1, output="-"))
         teller.ticked(tick)
         deadline = time.monotonic() + 60
@@ -494,6 +574,197 @@ def test_what_ended_the_workers_is_told_in_a_line() -> None:
     for failures, text in (({0: failed, 1: died}, r"^worker 1 died$"), ({0: failed}, r"ZeroDivisionError: by zero$")):
         assert re.search(text, group._text(ray.train.WorkerGroupError("Training failed", failures)))
     assert group._text(ray.train.ControllerError(ValueError("too\nlate"))).endswith("too late")
+
+
+class FakeTrainer:
+    """Fails as it is told, one `fit` after the other, and reaches steps; then it is done."""
+
+    def __init__(self, failures: Sequence[dict[int, Exception]], steps: Sequence[int] = ()) -> None:
+        self.failures, self.steps, self.num_fits = list(failures), list(steps), 0
+        self.pauses: list[float] = []
+
+    def fit(self) -> None:
+        self.num_fits += 1
+        if self.failures:
+            raise ray.train.WorkerGroupError("Training failed", self.failures.pop(0))
+
+    def latest_step(self, output: str) -> int:
+        return self.steps.pop(0) if self.steps else -1
+
+
+def run_group(fake: FakeTrainer, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_internals, "tensorflow_trainer", lambda *arguments, **options: fake)
+    monkeypatch.setattr(checkpoint, "latest_step", fake.latest_step)
+    monkeypatch.setattr("catdog.training.group.time.sleep", fake.pauses.append)
+    source = decoding.Source(chunks=[], image_size=SIZE, decoded=None)
+    briefing = loop.Briefing(
+        config=resolve(config(dataset, tmp_path / "model", max_failures=2)),
+        steps_per_epoch=STEPS_PER_EPOCH,
+        train=source,
+        val=source,
+        claim_url="-",
+        weights=None,
+        card={},
+        observers=(),
+        chief_observers=(),
+    )
+    group._run_until_done(briefing, str(tmp_path))
+
+
+def raised(error: Exception) -> Exception:
+    """As Ray Train hands on what a worker raised."""
+    user_error = ray_internals.find(ray_internals.USER_ERROR)
+    assert user_error is not None
+    wrapped: Exception = user_error(error, traceback_str="Traceback")
+    return wrapped
+
+
+def killed(cause: Exception) -> Exception:
+    """As Ray Train hands on that a worker's process is gone."""
+    health_check_error = ray_internals.find(ray_internals.HEALTH_CHECK_ERROR)
+    assert health_check_error is not None
+    wrapped: Exception = health_check_error("A worker health check failed.", cause)
+    return wrapped
+
+
+FAULT = StorageError("s3://bucket/x cannot be written: 503")
+DIED = ray.exceptions.ActorDiedError()
+
+
+@pytest.mark.parametrize(
+    ("failures", "steps", "num_fits", "pauses"),
+    [
+        ([{0: raised(FAULT)}], [], 2, [5.0]),
+        ([{1: raised(FAULT), 0: killed(DIED)}] * 2, [], 3, [5.0, 20.0]),  # the other worker fails because of it
+        ([{0: raised(FAULT)}] * 4, [-1, 2, 4, 6, 8], 5, [5.0] * 4),  # it gets on
+        ([{0: killed(DIED)}] * 2, [], 3, []),
+    ],
+)
+def test_a_fault_of_a_storage_that_passes_costs_a_restart(
+    failures: list[dict[int, Exception]],
+    steps: list[int],
+    num_fits: int,
+    pauses: list[float],
+    dataset: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = FakeTrainer(failures, steps)
+    run_group(fake, dataset, tmp_path, monkeypatch)
+    assert (fake.num_fits, fake.pauses) == (num_fits, pauses)
+
+
+def test_a_storage_that_does_not_answer_the_driver_either_costs_a_restart(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(url: str) -> bool:
+        raise FAULT
+
+    monkeypatch.setattr(storage, "exists", fail)
+    fake = FakeTrainer([{0: raised(FAULT)}])
+    run_group(fake, dataset, tmp_path, monkeypatch)
+    assert fake.num_fits == 2
+
+
+OUT_OF_MEMORY = ray.exceptions.OutOfMemoryError("1 worker(s) were killed due to the node running low on memory. A page")
+MEMORY_RULE = (
+    r"^the training workers must fit in the memory of their nodes; lower --batch-size, --image-size or --num-workers\. "
+    rf"Received: memory ran out with --batch-size={BATCH_SIZE} --image-size={SIZE} --num-workers=2$"
+)
+
+
+@pytest.mark.parametrize(
+    ("failures", "steps", "num_fits", "error", "message"),
+    [
+        ([{0: raised(FAULT)}] * 9, [], 3, StorageError, r"^s3://bucket/x cannot be written: 503$"),
+        ([{0: raised(FAULT), 1: raised(DatasetError("damaged"))}], [], 1, DatasetError, r"^damaged$"),
+        ([{0: raised(ClaimLostError("taken over"))}], [], 1, ClaimLostError, r"^taken over$"),
+        (
+            [{0: killed(DIED)}] * 9,
+            [],
+            3,
+            TrainingError,
+            r"^the training workers must finish\. Received: worker 0 died$",
+        ),
+        ([{0: killed(OUT_OF_MEMORY)}], [], 1, TrainingError, MEMORY_RULE),
+        ([{0: killed(DIED), 1: killed(OUT_OF_MEMORY)}], [], 1, TrainingError, MEMORY_RULE),
+        ([{0: raised(OUT_OF_MEMORY)}], [], 1, TrainingError, MEMORY_RULE),  # of a task that decodes
+        ([{0: killed(OUT_OF_MEMORY)}] * 9, [-1, 2, 2], 2, TrainingError, MEMORY_RULE),  # it had got on once
+    ],
+)
+def test_what_would_come_again_ends_a_training(
+    failures: list[dict[int, Exception]],
+    steps: list[int],
+    num_fits: int,
+    error: type[CatdogError],
+    message: str,
+    dataset: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = FakeTrainer(failures, steps)
+    with pytest.raises(error, match=message):
+        run_group(fake, dataset, tmp_path, monkeypatch)
+    assert fake.num_fits == num_fits
+
+
+def test_steps_that_are_done_again_are_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    tally = Tally()
+    for item in (Started(0, 2), Stepped(3), Stepped(7), Started(4, 1), Stepped(5), Started(5, 2), Started(0, 2)):
+        tally.heed(item)
+    assert tally.num_repeated_steps == 3 + 0 + 5
+    assert caplog.messages == [
+        "1 worker going on from step 4: 3 steps must be done again",
+        "2 workers going on from step 0: 5 steps must be done again",
+    ]
+
+
+def test_a_training_survives_a_fault_of_its_storage_and_a_kill(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group, "PAUSES_S", (0.1,))
+
+    class Trouble(Observer):
+        def __init__(self, worker: WorkerInfo) -> None:
+            from catdog.training import checkpoint
+
+            save = checkpoint.save
+
+            def save_or_fail(output: str, checkpoint: Checkpoint) -> None:
+                if not (tmp_path / "failed").exists():
+                    (tmp_path / "failed").touch()
+                    raise StorageError("503")
+                save(output, checkpoint)
+
+            checkpoint.save = save_or_fail
+
+        def stepped(self, step: int) -> None:
+            time.sleep(0.3)  # so that the driver is told of every step
+
+        def saving(self, step: int) -> None:
+            if step == 4 and not (tmp_path / "killed").exists():
+                (tmp_path / "killed").touch()
+                time.sleep(1)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    record = train(config(dataset, tmp_path / "model", epochs=1, num_workers=1), observers=[Trouble])
+    assert (tmp_path / "killed").exists()
+    assert record.epochs_trained == 1
+    assert record.num_repeated_steps == 2 + 2  # from step 2 to none at all, and from step 4 to step 2
+
+
+def test_a_training_whose_output_is_taken_over_ends(dataset: str, tmp_path: Path) -> None:
+    output = tmp_path / "model"
+
+    class Taker(Observer):
+        def saved(self, step: int) -> None:
+            for claim in output.glob(".catdog-claim-*.json"):
+                claim.rename(output / ".catdog-claim-99.json")
+
+    with pytest.raises(ClaimLostError):
+        train(config(dataset, output, num_workers=1), observers=[lambda worker: Taker()])
+    assert checkpoint.latest_step(str(output)) == CHECKPOINT_STEPS
+    assert not (output / "bundle.json").exists()
 
 
 @pytest.fixture(scope="module")

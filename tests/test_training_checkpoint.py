@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from catdog.errors import StorageError, TrainingError
+from catdog.errors import ClaimLostError, StorageError, TrainingError
 from catdog.training import checkpoint
 from catdog.training.checkpoint import Checkpoint
 
@@ -74,6 +74,28 @@ def test_a_damaged_one_falls_back_to_the_one_before(output: str, damage: Any) ->
     checkpoint.save(output, state_after(150))
     assert [path.name[:13] for path in files(output)] == ["step-00000100", "step-00000150"]
     assert checkpoint.latest_step(output) == 150
+
+
+@pytest.mark.parametrize("kept", [[100, 250], [250]])
+def test_if_all_are_damaged_a_training_does_not_begin_anew_by_itself(output: str, kept: list[int]) -> None:
+    for path in files(output):
+        if int(path.name[5:13]) in kept:
+            path.write_bytes(path.read_bytes()[:-9])
+        else:
+            path.unlink()
+    steps = ", ".join(str(step) for step in reversed(kept))
+    rule = r"^a training goes on from a checkpoint that is whole; delete .*/_checkpoints to begin anew\. "
+    with pytest.raises(TrainingError, match=rule + f"Received: only damaged checkpoints, of step {steps}$"):
+        checkpoint.load_latest(output)
+    checkpoint.delete_all(output)
+    assert checkpoint.load_latest(output) is None
+
+
+def test_a_claim_that_is_gone_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "claim").touch()
+    checkpoint.check_claim(str(tmp_path / "claim"))
+    with pytest.raises(ClaimLostError, match=r"^a training must hold the claim .* Received: .*/other is gone$"):
+        checkpoint.check_claim(str(tmp_path / "other"))
 
 
 def test_another_one_of_the_same_step_replaces_it(output: str) -> None:

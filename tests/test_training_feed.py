@@ -1,6 +1,7 @@
 """What the training's workers are fed, on a real Ray: the same images whatever the workers, and after a restart."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -17,7 +18,7 @@ from PIL import Image
 
 from catdog import storage
 from catdog.dataset.reading import load_info
-from catdog.errors import DatasetError
+from catdog.errors import DatasetError, StorageError
 from catdog.schema import DATASET_SCHEMA, SPLITS
 from catdog.training import decoding, feed
 from catdog.training.decoding import Batch, Source
@@ -249,6 +250,18 @@ def test_what_cannot_be_decoded_is_an_error_where_it_is_used(tmp_path: Path, in_
     with pytest.raises(DatasetError, match=message):
         list(Feed(source, share).all_batches(4))
     assert not feeding()
+
+
+@pytest.mark.parametrize("failed", [range(1), range(2, 4), range(NUM_CHUNKS)])
+def test_a_fault_of_the_storage_while_a_split_was_decoded_into_memory_does_not_last(
+    held: Source, failed: range
+) -> None:
+    assert held.decoded is not None
+    fault = ray.put(StorageError("503"))
+    refs = [fault if index in failed else ref for index, ref in enumerate(held.decoded)]
+    (share,) = shares(1, 4)
+    found = steps_of(dataclasses.replace(held, decoded=refs), share, range(3))
+    assert found == steps_of(held, share, range(3))
 
 
 def feeding() -> bool:

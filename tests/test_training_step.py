@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import learner_worker
 import numpy as np
 import numpy.typing as npt
 import pytest
+import tensorflow as tf
 from learner_worker import Arrays
 
 from catdog import architectures
@@ -17,7 +19,7 @@ from catdog.bench import processes
 from catdog.config import TrainConfig
 from catdog.training import resolve
 from catdog.training.feed import Share
-from catdog.training.step import Learner, resolve_precision
+from catdog.training.step import Learner, _is_bfloat16, resolve_precision
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small")]
 
@@ -59,6 +61,43 @@ def test_in_bfloat16_all_workers_end_with_the_same_weights_and_learn_as_one_does
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
     alone = learner_worker.steps("plain", "bfloat16", 0, 1)
     np.testing.assert_allclose(one["totals"][:, 0], alone["totals"][:, 0], rtol=0.02)
+
+
+@pytest.mark.parametrize(("precision", "num_workers"), [("bfloat16", 1), ("bfloat16", 2), ("float32", 2)])
+def test_only_gradients_that_were_computed_in_bfloat16_are_sent_in_it(
+    precision: str, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: dict[str, tf.DType] = {}
+    learner = learner_of("plain", precision=precision)
+    summed = learner._summed
+
+    def spy(gradients: list[tf.Tensor], weights: list[Any]) -> list[tf.Tensor]:
+        learner._share = dataclasses.replace(learner._share, num_workers=num_workers)
+        rounded = summed(gradients, weights)
+        for gradient, weight in zip(gradients, weights, strict=True):
+            sent[weight.path] = tf.bfloat16 if num_workers > 1 and _is_bfloat16(gradient) else tf.float32
+        assert [each.shape for each in rounded] == [weight.shape for weight in weights]
+        return rounded
+
+    monkeypatch.setattr(learner, "_summed", spy)
+    take_steps(learner, range(1))
+    head = {path for path in sent if path.startswith("logits/")}
+    assert len(head) == 2
+    assert {sent[path] for path in head} == {tf.float32}  # the head computes in float32
+    small = tf.bfloat16 if (precision, num_workers) == ("bfloat16", 2) else tf.float32
+    assert {sent[path] for path in sent.keys() - head} == {small}
+
+
+def test_one_worker_takes_the_step_of_its_gradients_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for is_spied in (False, True):
+        learner = learner_of("plain", precision="bfloat16")
+        if is_spied:  # there is nothing to sum
+            monkeypatch.setattr(learner, "_summed", lambda gradients, weights: gradients)
+        take_steps(learner, range(2))
+        results.append(learner.state()["model"])
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_with_batch_normalization_all_workers_end_with_the_same_model(tmp_path: Path) -> None:
@@ -198,6 +237,16 @@ def test_from_a_saved_state_the_next_steps_are_the_same_bit_for_bit(precision: s
     third = learner_of("mixed", precision=precision)
     third.load_state(saved)
     assert not np.array_equal(take_steps(third, range(4, 5)), totals[:1])
+
+
+def test_no_function_leaves_a_file_of_autographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that is killed would never remove it."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    learner = learner_of("mixed")
+    take_steps(learner, range(1))
+    learner.average_moving_statistics()
+    learner.logits(np.zeros((2, SIZE, SIZE, 3), np.uint8))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_state_of_another_model_is_refused() -> None:

@@ -14,7 +14,6 @@ import io
 import os
 import socket
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from catdog import provenance, storage
+from catdog import provenance, scratch, storage
 from catdog.architectures import backbones, efficientnet_lite, torch_files
 from catdog.architectures.backbones import KerasWeights, PackagedWeights
 from catdog.architectures.models import backbone_layer
@@ -200,9 +199,9 @@ def _load_hdf5(network: keras.Model, data: bytes) -> None:
     held = [name for name in names if name.startswith("layers/") and "/seed_generator/" not in name]
     if not legacy and len(held) != len(network.weights):
         raise ValueError(f"{len(held)} weights instead of {len(network.weights)}")
-    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+    with scratch.directory("weights") as directory, warnings.catch_warnings():
         # Keras warns of weights that it leaves as they were. Where it does not also raise, `load_weights` finds them.
         warnings.simplefilter("ignore", UserWarning)
-        path = Path(scratch) / ("backbone.h5" if legacy else "backbone.weights.h5")
+        path = Path(directory) / ("backbone.h5" if legacy else "backbone.weights.h5")
         path.write_bytes(data)
         network.load_weights(path)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import functools
 import math
 import os
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
-from catdog import bundle, hardware, provenance, storage
+from catdog import bundle, hardware, provenance, scratch, storage
 from catdog.bench import watched
 from catdog.bench.killer import Kill, Killer
 from catdog.config import BenchChaosConfig, TrainConfig
@@ -99,7 +98,7 @@ def bench_chaos(config: BenchChaosConfig) -> BenchChaosRecord:
     if (address := cluster_address(None)) is not None:
         raise UsageError(
             "bench chaos kills processes of this machine, and must have a Ray of its own. "
-            f"Received: RAY_ADDRESS={address}"
+            f"Received: RAY_ADDRESS={provenance.redact(address)}"
         )
     output = storage.absolute(config.output)
     storage.refuse_foreign_output(output, (RECORD_NAME,), says={"command": "bench chaos"})
@@ -114,17 +113,17 @@ def bench_chaos(config: BenchChaosConfig) -> BenchChaosRecord:
     storage.publish_json(storage.join(output, RECORD_NAME), {"command": "bench chaos"})
     with (
         connect(None, min_cpus=config.num_workers + hardware.num_cores()),
-        tempfile.TemporaryDirectory(prefix="catdog-bench-") as scratch,
+        scratch.directory("bench") as directory,
     ):
         in_memory = False if config.streamed else None
         calm = train(configs["undisturbed"], in_memory=in_memory)
-        path = os.path.join(scratch, "board")
+        path = os.path.join(directory, "board")
         killer = Killer(watched.create(path, config.num_workers), config, num_steps)
         with killer:
             reporter = functools.partial(watched.Reporter, path)
             chaos = train(configs["disturbed"], in_memory=in_memory, observers=[reporter])
     record = BenchChaosRecord(
-        output=output,
+        output=provenance.redact(output),
         num_kills=len(killer.kills),
         kills=killer.kills,
         kills_by_moment=dict(Counter(kill.moment for kill in killer.kills)),

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from catdog import hardware, provenance, storage
+from catdog import hardware, provenance, scratch, storage
 from catdog.bench import processes, subset
 from catdog.bench.processes import Epoch, Settings
 from catdog.config import BenchTrainConfig, TrainConfig
@@ -163,12 +163,12 @@ def bench_train(config: BenchTrainConfig) -> BenchTrainRecord:
         )
     rounds: list[dict[str, Measurement]] = []
     load_average = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory(prefix="catdog-bench-") as scratch:
-        trials = _trials(config, scratch, num_workers, image_size, num_steps)
+    with scratch.directory("bench") as directory:
+        trials = _trials(config, directory, num_workers, image_size, num_steps)
         for number in range(config.num_rounds):
             measured: dict[str, Measurement] = {}
             for name in list(trials)[:: -1 if number % 2 else 1]:
-                measured[name] = _measure(trials[name], tempfile.mkdtemp(dir=scratch))
+                measured[name] = _measure(trials[name], tempfile.mkdtemp(dir=directory))
                 logger.info(
                     "Round %d of %d: %s, %.0f images/s",
                     number + 1,
@@ -178,7 +178,7 @@ def bench_train(config: BenchTrainConfig) -> BenchTrainRecord:
                 )
             rounds.append({name: measured[name] for name in trials})
     record = BenchTrainRecord(
-        output=output,
+        output=provenance.redact(output),
         arch=ARCH,
         figures=figures(rounds, num_workers),
         rounds=rounds,
@@ -196,11 +196,11 @@ def bench_train(config: BenchTrainConfig) -> BenchTrainRecord:
 
 
 def _trials(
-    config: BenchTrainConfig, scratch: str, num_workers: int, image_size: int, num_steps: int
+    config: BenchTrainConfig, directory: str, num_workers: int, image_size: int, num_steps: int
 ) -> dict[str, list[Settings]]:
     """The processes of each contender, by its name. Contenders that a figure compares run one right after the other."""
     batch_size = config.batch_size * num_workers
-    data, small_data, pictures = (str(Path(scratch, name)) for name in ("data", "small-data", "pictures"))
+    data, small_data, pictures = (str(Path(directory, name)) for name in ("data", "small-data", "pictures"))
     info = subset.write_dataset(
         reading.load_info(config.data), data, num_train=num_steps * batch_size, num_val=NUM_VAL_IMAGES
     )
@@ -233,10 +233,10 @@ def _trials(
     }
 
 
-def _measure(settings: Sequence[Settings], scratch: str) -> Measurement:
+def _measure(settings: Sequence[Settings], directory: str) -> Measurement:
     """Run a contender. What counts is the first process of each group, whose processes are always at the same step."""
-    output = storage.join(scratch, "output")
-    found = processes.run([each | {"output": output} for each in settings], scratch)
+    output = storage.join(directory, "output")
+    found = processes.run([each | {"output": output} for each in settings], directory)
     groups = [epochs[1:] for each, epochs in zip(settings, found, strict=True) if each.get("rank", 0) == 0]
     return Measurement(
         images_per_s=sum(_total(epochs, "num_images") / _total(epochs, "seconds") for epochs in groups),

@@ -8,6 +8,7 @@ Exit codes: 0 done; 1 the job failed; 2 bad usage or configuration; 3 done, but 
 """
 
 import contextlib
+import errno
 import importlib
 import json
 import logging
@@ -31,7 +32,7 @@ __all__ = ["COMMANDS", "CommonFlags", "main", "parse"]
 logger = logging.getLogger(__name__)
 
 EXIT_OK: Final = 0
-EXIT_TOO_MANY_FAILED: Final = 3
+EXIT_FAILED: Final = 1
 EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
 EXIT_TERMINATED: Final = 128 + signal.SIGTERM
 
@@ -47,10 +48,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _terminable():
             return _main(args)
     except CatdogError as error:
-        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        print("error:", provenance.redact(" ".join(str(error).splitlines())), file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if (text := _fault_of_environment(error)) is None:
+            raise
+        print("error:", text, file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def _fault_of_environment(error: OSError) -> str | None:
+    """What is wrong with the place where the command runs, if that is what an error comes from."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"every directory that is written to must have space, TMPDIR's too. Received: {where}{error.strerror}"
+    if "usable temporary directory" in str(error):
+        received = os.environ.get("TMPDIR", "no TMPDIR")
+        return f"TMPDIR must name a directory with space in it that can be written to. Received: {received}"
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "the working directory must exist. Received: one that was removed"
+    return None
 
 
 def _main(args: list[str]) -> int:
@@ -72,7 +93,7 @@ def _main(args: list[str]) -> int:
     if (complaint := record.complaint()) is None:
         return EXIT_OK
     print(f"error: {complaint}", file=sys.stderr)
-    return EXIT_TOO_MANY_FAILED
+    return record.failure_exit_code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +125,19 @@ def _to_json(record: Record) -> str:
     return json.dumps(record.to_dict(), indent=2)
 
 
+class _WithoutSecrets(logging.Formatter):
+    """Blots out the passwords and signatures of URLs, whoever logs them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        return provenance.redact(super().format(record))
+
+
 def _configure_logging(*, verbose: bool) -> None:
     """Progress to stderr: ours, and with `--verbose` everybody's."""
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_WithoutSecrets("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger().setLevel(logging.INFO if verbose else logging.WARNING)
     logging.getLogger("catdog").setLevel(logging.DEBUG if verbose else logging.INFO)
 

@@ -11,6 +11,7 @@ from catdog.config import (
     PredictConfig,
     PrepareConfig,
     TrainConfig,
+    VerifyConfig,
 )
 
 
@@ -45,6 +46,7 @@ COMMANDS: Final = {
         "predict",
         "catdog predict --images s3://bucket/new --model s3://bucket/model --output s3://bucket/predictions",
     ),
+    "verify": Command(VerifyConfig, "catdog.inference", "run_verify", "catdog verify s3://bucket/predictions"),
     "bench train": Command(
         BenchTrainConfig,
         "catdog.bench",

@@ -14,8 +14,8 @@ import textwrap
 import typing
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
-from types import NoneType
-from typing import Any, Final, Generic, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Final, Generic, TypeVar, Union
 
 import docstring_parser
 
@@ -106,7 +106,7 @@ def _parse_flags(name: str, args: Sequence[str]) -> Invocation[Any]:
     parser = _parser(program, f"{_wrap(summary)}\n\nExample:\n  {command.example}")
     own, common = _add_flags(parser, command.config_type), _add_flags(parser, CommonFlags)
     required = [own[field.name] for field in dataclasses.fields(command.config_type) if field.default is MISSING]
-    needs = [f"{action.option_strings[0]} {action.metavar}" for action in required]
+    needs = [" ".join([*action.option_strings[:1], str(action.metavar)]) for action in required]
     parser.usage = " ".join([program, *needs, "[FLAGS]"])
 
     # `--batch_size` is `--batch-size`, too.
@@ -114,12 +114,12 @@ def _parse_flags(name: str, args: Sequence[str]) -> Invocation[Any]:
     try:
         given, unknown = parser.parse_known_args(dashed)
     except argparse.ArgumentError as error:
-        takes_value = {action.option_strings[0] for action in (own | common).values() if action.nargs != 0}
+        takes_value = {_name(action) for action in (own | common).values() if action.nargs != 0}
         rule = "needs a value" if error.argument_name in takes_value else "takes no value"
         raise UsageError(f"{error.argument_name} {rule}. Received: {line}") from None
     if unknown:
         raise UsageError(f"{program} takes only the flags that {program} --help lists. Received: {shlex.join(unknown)}")
-    if missing := [action.option_strings[0] for action in required if action.dest not in given]:
+    if missing := [_name(action) for action in required if action.dest not in given]:
         raise UsageError(f"{program} needs {' and '.join(missing)}. Received: {line}")
 
     values: dict[str, Any] = {
@@ -129,6 +129,11 @@ def _parse_flags(name: str, args: Sequence[str]) -> Invocation[Any]:
         config=command.config_type(**{field: values[field] for field in own if field in values}),
         common=CommonFlags(**{field: values[field] for field in common if field in values}),
     )
+
+
+def _name(action: argparse.Action) -> str:
+    """How a user names a flag, or a value that stands without one."""
+    return action.option_strings[0] if action.option_strings else str(action.metavar)
 
 
 def _parser(usage: str, description: str) -> argparse.ArgumentParser:
@@ -163,10 +168,14 @@ def _add_flag(
     """Add the flag of one field.
 
     The field's type, `kind`, is bool, T or `tuple[T, ...]`, with or without `| None`; T is str, int, float or a Literal
-    of strings.
+    of strings. A tuple may be `| T`, too, for callers in Python. A field whose metadata says `positional` is a value
+    that stands without a flag.
     """
-    if NoneType in typing.get_args(kind):
-        (kind,) = set(typing.get_args(kind)) - {NoneType}
+    if typing.get_origin(kind) in {Union, UnionType}:
+        kinds = [each for each in typing.get_args(kind) if each is not NoneType]
+        kind = next((each for each in kinds if typing.get_origin(each) is tuple), kinds[0])
+    if field.metadata.get("positional"):
+        return parser.add_argument(field.name, metavar=field.name.upper(), nargs="?", help=description)
     name, default = flag(field.name), field.default
     takes_many = typing.get_origin(kind) is tuple
     if default is MISSING:

@@ -7,7 +7,7 @@ line from these classes: a field is a flag, and its docstring is the flag's help
 from catdog.config.checks import flag
 from catdog.config.choices import EngineName, Executor, Precision, Split
 from catdog.config.dataset import PrepareConfig
-from catdog.config.labelling import EvaluateConfig, PredictConfig
+from catdog.config.labelling import EvaluateConfig, PredictConfig, VerifyConfig
 from catdog.config.training import TrainConfig
 from catdog.config.trials import BenchChaosConfig, BenchTrainConfig, DemoConfig
 
@@ -23,5 +23,6 @@ __all__ = [
     "PrepareConfig",
     "Split",
     "TrainConfig",
+    "VerifyConfig",
     "flag",
 ]

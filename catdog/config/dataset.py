@@ -1,6 +1,7 @@
 """The configuration of `catdog prepare`."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from catdog.config import checks
 from catdog.errors import UsageError
@@ -31,12 +32,25 @@ class PrepareConfig:
     seed: int = 0
     """Number that decides which photograph goes to which split. Another number gives another split."""
 
+    split: Literal["auto", "folders", "random"] = "auto"
+    """How to split the photographs: folders keeps the split that folders named train, val (validation) and test name,
+    and draws from train what no folder names; random draws all splits; auto is folders if there are such folders, else
+    random."""
+
+    near_duplicates: Literal["keep", "group", "reject"] = "group"
+    """What to do with photographs that look the same: group puts them in the same split, reject keeps one of them, and
+    both reject those that are labelled both cat and dog; keep treats each as a photograph of its own."""
+
+    extends: str | None = None
+    """A dataset that was prepared from some of these photographs. Each photograph that is in it keeps its split, and
+    near-duplicates of one of them go to its split."""
+
     ray_address: str | None = None
     """Address of the Ray cluster to run on. The default is `RAY_ADDRESS`, else a Ray embedded on this machine."""
 
     def __post_init__(self) -> None:
         """Validate."""
-        checks.is_url(self, "images", "output", "labels")
+        checks.is_url(self, "images", "output", "labels", "extends")
         checks.is_fraction(self, "val_fraction", "test_fraction")
         if self.val_fraction + self.test_fraction >= 1:
             raise UsageError(

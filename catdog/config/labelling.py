@@ -1,6 +1,6 @@
 """The configurations of the jobs that label images: `catdog evaluate` and `catdog predict`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from catdog.config import checks
 from catdog.config.choices import EngineName, Executor, Split
@@ -42,9 +42,9 @@ class EvaluateConfig:
 class PredictConfig:
     """Label a collection of images, and write Parquet predictions. Only what is new or changed is labelled."""
 
-    images: str
+    images: tuple[str, ...] | str
     """Where the images are: a directory or prefix (read recursively), a glob, one file, a `.zip` (read in place), or a
-    Parquet manifest with a column `uri`."""
+    Parquet manifest with a column `uri`. Several places may be given."""
 
     output: str
     """Directory to write the predictions to. It must be empty, or hold predictions, to which the new ones are added."""
@@ -73,14 +73,20 @@ class PredictConfig:
     """Exit with code 3 if more than this share of the images that this run labelled failed."""
 
     retry_errors: bool = False
-    """Also label again the images that failed in earlier runs."""
+    """Also label again the images that failed in earlier runs. Those that were not there, or were denied, are tried
+    again in every run."""
 
     ray_address: str | None = None
     """Address of the Ray cluster to run on. The default is `RAY_ADDRESS`, else a Ray embedded on this machine."""
 
     def __post_init__(self) -> None:
-        """Validate."""
-        checks.is_url(self, "images", "output", "model")
+        """Validate. One place of images that comes as a text becomes a tuple of one."""
+        if isinstance(self.images, str):
+            object.__setattr__(self, "images", (self.images,))
+        checks.require(bool(self.images), "--images must name a place", "()")
+        for url in self.images:
+            checks.require(bool(url.strip()), "--images must be a path or a URL", repr(url))
+        checks.is_url(self, "output", "model")
         checks.at_least(self, 1, "batch_size", "num_workers")
         checks.is_fraction(self, "max_failed_fraction")
         if self.executor == "inline" and self.ray_address is not None:
@@ -88,3 +94,20 @@ class PredictConfig:
                 "--ray-address needs --executor ray or auto. "
                 f"Received: --executor=inline --ray-address={self.ray_address}"
             )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The places of the images."""
+        return (self.images,) if isinstance(self.images, str) else self.images
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Recount everything that an output of `catdog predict` holds, and name every difference from its run records."""
+
+    output: str = field(metadata={"positional": True})
+    """Directory of the predictions."""
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        checks.require(bool(self.output.strip()), "OUTPUT must be a path or a URL", repr(self.output))

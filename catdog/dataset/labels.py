@@ -1,7 +1,11 @@
 """The class of a listed image, from its folder, its file name, or a table of labels."""
 
+import os
+import posixpath
 import re
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import PurePosixPath
 from typing import Any, Final
 
@@ -16,10 +20,32 @@ from catdog.schema import CLASS_NAMES
 RULES: Final = ("auto", "folder", "prefix")
 """The values of `--labels` that are not a table."""
 
-TABLE_SCHEMA: Final = pa.schema([("uri", pa.string()), ("label", pa.string())])
+TABLE_SCHEMA: Final = pa.schema(
+    [
+        ("number", pa.int64()),
+        ("written", pa.string()),
+        ("verbatim", pa.string()),
+        ("uri", pa.string()),
+        ("member", pa.string()),
+        ("label", pa.string()),
+    ]
+)
+"""A row of a table of labels: its number, from 1; its `uri` as it is written; that as the listing would have it,
+verbatim and normalised; the path that it has within an archive, null for an absolute `uri`; and its label. What is
+missing is null."""
+
+_COLUMNS: Final = ("uri", "label")
 
 _OTHER_SUFFIX: Final = re.compile(r"\.(csv|db|docx|html|ini|json|log|md|parquet|pdf|tsv|txt|xml|yml)", re.IGNORECASE)
 _PREFIX: Final = re.compile(r"[A-Za-z]+")
+_IMAGE_BYTES: Final = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|II[*+]\0|MM\0[*+]|RIFF....WEBP|P[1-6]\s|8BPS"
+    rb"|BM.{4}\0\0\0\0|....ftyp(?:avi[fs]|hei[cxms]|hev[cxms]|mif1|msf1|crx )"
+    rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|\xff\x0a|\0\0\0\x0cJXL ",
+    re.DOTALL,
+)
+"""The first bytes of JPEG, PNG, GIF, TIFF and raw files, WebP, PPM, Photoshop files, BMP, AVIF and HEIC, JPEG 2000 and
+JPEG XL."""
 
 
 def class_index(name: str) -> int | None:
@@ -31,6 +57,19 @@ def class_index(name: str) -> int | None:
 def _path(uri: str) -> PurePosixPath:
     """The path within the archive or storage: `train/cat.1.jpg` for `zip://train/cat.1.jpg::s3://bucket/train.zip`."""
     return PurePosixPath(uri.split("::", 1)[0].split("://", 1)[-1])
+
+
+def folders(uri: str) -> list[str]:
+    """The names of the folders above a file, or of a folder's URL that ends in a slash, the outermost first.
+
+    An archive counts as a folder, without its suffix.
+    """
+    member, _, archive = uri.rpartition("::") if uri.startswith("zip://") else ("", "", uri)
+    above = [part for part in archive.split("/") if part]
+    if member:
+        above[-1] = above[-1].removesuffix(".zip")
+        return above + member.removeprefix("zip://").split("/")[:-1]
+    return above if uri.endswith("/") else above[:-1]
 
 
 def by_folder(uri: str) -> int | None:
@@ -57,6 +96,11 @@ def is_other_file(uri: str) -> bool:
     return _OTHER_SUFFIX.fullmatch(_path(uri).suffix) is not None
 
 
+def looks_like_image(data: bytes) -> bool:
+    """Whether the first bytes of a file are those of an image, also of one in a format that catdog does not read."""
+    return _IMAGE_BYTES.match(data) is not None
+
+
 def table_url(labels: str, images: str) -> str | None:
     """The URL of the table that holds the labels; None if they follow from the names of files or folders.
 
@@ -80,28 +124,66 @@ def table_url(labels: str, images: str) -> str | None:
 
 
 def read_table(url: str, images: str) -> Iterator[pa.Table]:
-    """The rows of a table of labels, in batches of `TABLE_SCHEMA`, each `uri` as the listing has it.
+    """The rows of a table of labels, in batches of `TABLE_SCHEMA`.
 
     A relative `uri` is taken as relative to `images` if that is a directory or an archive, or to the directory of
-    `images` if that is a manifest or a glob.
+    `images` if that is a manifest or a glob. Backslashes become slashes, `./` and `//` go, and accents are composed
+    (NFC), as they are in most names.
 
     Raises:
         UsageError: the table does not exist, cannot be read, or lacks a column.
     """
     if not storage.exists(url):
         raise UsageError(f"A table of labels must exist. Received: --labels={url}")
+    place = _placing(images)
+    numbers = count(1)
     with storage.open_read(url) as file:
         for batch in _csv_batches(file) if url.lower().endswith(".csv") else _parquet_batches(file):
             names = batch.schema.names
-            if not {"uri", "label"} <= set(names):
+            if not set(_COLUMNS) <= set(names):
                 raise UsageError(f"A table of labels must have the columns uri and label. Received: {url} with {names}")
-            pairs = zip(batch["uri"].to_pylist(), batch["label"].to_pylist(), strict=True)
-            rows = [
-                {"uri": _listed_uri(uri, images), "label": _class_name(label)}
-                for uri, label in pairs
-                if uri is not None and label is not None
-            ]
+            pairs = zip(*(batch[name].to_pylist() for name in _COLUMNS), strict=True)
+            rows = [{"number": next(numbers), **_row(uri, label, place)} for uri, label in pairs]
             yield pa.Table.from_pylist(rows, schema=TABLE_SCHEMA)
+
+
+def _row(uri: object, label: object, place: Callable[[str], str]) -> dict[str, str | None]:
+    """The columns of `TABLE_SCHEMA` for a row of a table, without its number."""
+    if uri is None or label is None:
+        return {"written": None if uri is None else str(uri)}
+    written = str(uri)
+    tidy = unicodedata.normalize("NFC", written.strip())
+    is_url = "://" in tidy
+    if not is_url:
+        tidy = posixpath.normpath(tidy.replace("\\", "/")) if tidy else tidy
+    is_relative = not is_url and not tidy.startswith("/")
+    return {
+        "written": written,
+        "verbatim": place(written),
+        "uri": place(tidy),
+        "member": tidy if is_relative else None,
+        "label": _class_name(label),
+    }
+
+
+def _placing(images: str) -> Callable[[str], str]:
+    """The function that turns a `uri` of a table of labels into the one that the listing of `images` has."""
+    root = storage.absolute(images)
+    is_glob = not storage.exists(root)
+    is_archive = root.lower().endswith(".zip") and not is_glob
+    if is_glob:
+        directory = re.split(r"[*?\[]", root)[0].rpartition("/")[0]
+    elif root.lower().endswith(".parquet"):
+        directory = root.rpartition("/")[0]
+    else:
+        directory = root
+
+    def place(uri: str) -> str:
+        if "://" in uri or os.path.isabs(uri):
+            return storage.absolute(uri)
+        return f"zip://{uri}::{root}" if is_archive else storage.join(directory, uri)
+
+    return place
 
 
 def _class_name(label: object) -> str:
@@ -111,8 +193,16 @@ def _class_name(label: object) -> str:
 
 
 def _csv_batches(file: Any) -> Iterator[pa.RecordBatch]:
-    as_text = pa.csv.ConvertOptions(column_types={"uri": pa.string(), "label": pa.string()})
     try:
+        names = pa.csv.open_csv(file).schema.names
+        if not set(_COLUMNS) <= set(names):
+            yield pa.RecordBatch.from_pylist([], schema=pa.schema([(name, pa.string()) for name in names]))
+            return
+        file.seek(0)
+        # The other columns are not converted: what they hold must not matter.
+        as_text = pa.csv.ConvertOptions(
+            include_columns=list(_COLUMNS), column_types=dict.fromkeys(_COLUMNS, pa.string())
+        )
         yield from pa.csv.open_csv(file, convert_options=as_text)
     except pa.ArrowInvalid as error:
         raise UsageError(f"A table of labels must be readable as CSV. Received: {error}") from error
@@ -123,17 +213,5 @@ def _parquet_batches(file: Any) -> Iterator[pa.RecordBatch]:
         parquet = pq.ParquetFile(file)
     except pa.ArrowInvalid as error:
         raise UsageError(f"A table of labels must be readable as Parquet. Received: {error}") from error
-    names = [name for name in parquet.schema_arrow.names if name in TABLE_SCHEMA.names]
+    names = [name for name in parquet.schema_arrow.names if name in _COLUMNS]
     yield from parquet.iter_batches(columns=names)
-
-
-def _listed_uri(uri: str, images: str) -> str:
-    """A `uri` of a table of labels as the listing has it."""
-    root = storage.absolute(images)
-    if "://" in uri or uri.startswith("/"):
-        return storage.absolute(uri)
-    if root.lower().endswith(".zip"):
-        return f"zip://{uri}::{root}"
-    fixed = re.split(r"[*?\[]", root)[0]
-    is_directory = fixed == root and not root.lower().endswith(".parquet")
-    return storage.join(root if is_directory else fixed.rpartition("/")[0], uri)

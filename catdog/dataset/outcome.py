@@ -1,7 +1,9 @@
 """What `dataset.json` and `rejects.parquet` say: counts, rejects, duplicates and digest, from the catalogue."""
 
 import hashlib
-from typing import Any
+import logging
+from collections.abc import Collection
+from typing import Any, Final
 
 import duckdb
 import pyarrow as pa
@@ -11,7 +13,7 @@ from catdog.dataset import catalog
 from catdog.errors import DatasetError
 from catdog.schema import CLASS_NAMES, REJECTS_SCHEMA, SPLITS
 
-_NOT_AN_IMAGE = "neither labelled nor an image by its name"
+logger = logging.getLogger(__name__)
 
 
 def counts(connection: duckdb.DuckDBPyConnection) -> dict[str, dict[str, int]]:
@@ -25,8 +27,8 @@ def counts(connection: duckdb.DuckDBPyConnection) -> dict[str, dict[str, int]]:
     return {split: {name: found.get((split, label), 0) for label, name in enumerate(CLASS_NAMES)} for split in SPLITS}
 
 
-def check_counts(counts: dict[str, dict[str, int]], config: PrepareConfig) -> None:
-    """Check that there are training images of both classes, and images in every split that was asked for.
+def check_counts(counts: dict[str, dict[str, int]], config: PrepareConfig, given: Collection[str] = ()) -> None:
+    """Check that there are training images of both classes, and images in every split that was asked for or given.
 
     Raises:
         DatasetError: there are none.
@@ -35,6 +37,8 @@ def check_counts(counts: dict[str, dict[str, int]], config: PrepareConfig) -> No
         if not num:
             raise DatasetError(f"The train split must have images of every class. Received: no {name} in it; {counts}")
     for split, fraction in (("val", config.val_fraction), ("test", config.test_fraction)):
+        if split in given and not sum(counts[split].values()):
+            raise DatasetError(f"A split that folders name must hold an image that is kept. Received: none in {split}")
         if fraction and not sum(counts[split].values()):
             raise DatasetError(
                 f"--{split}-fraction must give the split at least one image. Received: --{split}-fraction={fraction}, "
@@ -49,10 +53,9 @@ def rejects(connection: duckdb.DuckDBPyConnection) -> pa.Table:
         SELECT uri, reason, coalesce(message, '') AS message
         FROM fates JOIN listing USING (row) WHERE reason IS NOT NULL
         UNION ALL
-        SELECT uri, 'unsupported_format', ? FROM listing WHERE label IS NULL
+        SELECT uri, reason, message FROM others JOIN listing USING (row)
         ORDER BY uri, reason
-        """,
-        params=[_NOT_AN_IMAGE],
+        """
     ).to_arrow_table()
     return table.cast(REJECTS_SCHEMA)
 
@@ -76,21 +79,57 @@ def summary(connection: duckdb.DuckDBPyConnection, rejects: pa.Table) -> dict[st
 def duplicates(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
     """The groups of duplicates, that is, of more than one file.
 
-    `duplicate_groups` has all of them, as sorted lists of uris. `conflicts` has those that are labelled both cat and
-    dog, as `{uri: label}`.
+    `duplicate_groups` has all of them, as sorted lists of uris. `conflicts` has the files that are labelled both cat
+    and dog, as `{uri: label}` for each picture.
     """
-    groups, conflicts = [], []
-    for uris, class_indices, is_conflict in connection.execute(
+    groups = connection.execute(
         """
-        SELECT list(uri ORDER BY uri, row), list(label ORDER BY uri, row), any_value(is_conflict)
-        FROM members JOIN groups USING (group_id) WHERE num_files > 1
+        SELECT list(uri ORDER BY uri, row) FROM members JOIN groups USING (group_id) WHERE num_files > 1
         GROUP BY group_id ORDER BY 1
         """
-    ).fetchall():
-        groups.append(uris)
-        if is_conflict:
-            conflicts.append({uri: CLASS_NAMES[index] for uri, index in zip(uris, class_indices, strict=True)})
-    return {"conflicts": conflicts, "duplicate_groups": groups}
+    ).fetchall()
+    conflicts = connection.execute(
+        """
+        SELECT list(uri ORDER BY uri, row), list(label ORDER BY uri, row) FROM members JOIN contradicted USING (rank)
+        GROUP BY conflict ORDER BY 1
+        """
+    ).fetchall()
+    return {
+        "conflicts": [
+            {uri: CLASS_NAMES[index] for uri, index in zip(uris, indices, strict=True)} for uris, indices in conflicts
+        ],
+        "duplicate_groups": [uris for (uris,) in groups],
+    }
+
+
+_LARGE_SHARE: Final = 0.05
+"""Share of the images in groups of near-duplicates above which `prepare` warns."""
+
+
+def near_duplicates(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
+    """How many images are in groups of near-duplicates, and how many of these groups lie in more than one split."""
+    (num_images, num_in_groups) = catalog.one_row(
+        connection, "SELECT sum(num_images), sum(num_images) FILTER (num_images > 1) FROM groups"
+    )
+    (num_straddling,) = catalog.one_row(
+        connection,
+        "SELECT count(*) FROM (SELECT group_id FROM members JOIN fates USING (row) WHERE split IS NOT NULL "
+        "GROUP BY group_id HAVING count(DISTINCT split) > 1)",
+    )
+    num_images, num_in_groups = int(num_images or 0), int(num_in_groups or 0)
+    if num_in_groups > _LARGE_SHARE * num_images:
+        logger.warning(
+            "%d of %d images look like another one. Look at duplicate_groups in dataset.json; with --near-duplicates "
+            "keep, each counts as a picture of its own.",
+            *(num_in_groups, num_images),
+        )
+    if num_straddling:
+        logger.warning(
+            "%d groups of near-duplicates lie in more than one split, as folders or --extends say. With "
+            "--near-duplicates reject, one image of each is kept.",
+            num_straddling,
+        )
+    return {"images": num_in_groups, "groups_in_several_splits": num_straddling}
 
 
 def digest(connection: duckdb.DuckDBPyConnection) -> str:

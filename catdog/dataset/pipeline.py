@@ -6,30 +6,35 @@
     4. group    The driver finds duplicates, and decides which images are rejected, and which split the others get. It
                 writes to `_staging/plan/`, for each chunk of scanned slices, which image goes to which shard.
     5. write    Ray tasks write the shards of each chunk, `train|val|test/part-*.parquet`.
-    6. finish   The driver writes `rejects.parquet`, `samples.png` and, last, `dataset.json`, and deletes `_staging/`.
+    6. check    The driver reads the shards back, and compares them with what was to be written.
+    7. finish   The driver writes `rejects.parquet`, `samples.png` and, last, `dataset.json`, and deletes `_staging/`.
 
-Until `dataset.json` is written, `_staging/prepare.json` marks the output as one of this command. If the command is
-killed and run again, it starts over, but does not scan a slice again that was scanned.
+From `stage` on, the run holds a claim of the output (`storage.claimed`), so that no other run writes there. Until
+`dataset.json` is written, `_staging/prepare.json` marks the output as one of this command. If the command is killed and
+run again, it starts over, but does not scan a slice again that was scanned.
 """
 
 import contextlib
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from operator import itemgetter
 from typing import Any, Final
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 
 from catdog import provenance, records, storage
 from catdog.config import PrepareConfig, flag
-from catdog.dataset import catalog, grouping, outcome, ray_tasks, scan, shards
+from catdog.dataset import catalog, check, grouping, outcome, ray_tasks, scan, shards
 from catdog.dataset.labels import RULES
-from catdog.dataset.reading import FORMAT, FORMAT_VERSION, INFO_NAME, DatasetInfo, load_info, parse_info
+from catdog.dataset.reading import FORMAT, FORMAT_VERSION, INFO_NAME, DatasetInfo, iter_split, load_info, parse_info
 from catdog.dataset.samples import sample_sheet
 from catdog.errors import DatasetError, OutputRefusedError, UsageError
+from catdog.provenance import redact
 from catdog.ray_session import connect
 from catdog.schema import CLASS_NAMES, SPLITS
 
@@ -87,6 +92,12 @@ class PrepareRecord(records.Record):
 
     images_per_s: float
 
+    given_splits: dict[str, int] = field(default_factory=dict)
+    """Split → number of files whose folders name it; empty if folders did not decide the split."""
+
+    unmatched_label_rows: int | None = None
+    """Number of rows of the table of labels that name no listed file or lack a label; None if there is no table."""
+
     def summary(self) -> list[str]:
         """The numbers of images that were kept, by split and class, and rejected, by reason."""
         if self.already_done:
@@ -107,33 +118,54 @@ def run(config: PrepareConfig) -> PrepareRecord:
     """Prepare a dataset.
 
     Raises:
-        UsageError: the input cannot be used, or the output holds something else. Nothing was written.
-        DatasetError: a split has no images, or the training split none of a class.
+        UsageError: the input cannot be used, the output holds something else, or another run is at work there. Nothing
+            was written.
+        DatasetError: a split has no images, or the training split none of a class; or what was written is not what was
+            to be written.
         StorageError: a storage failed. The same command goes on where this one stopped.
     """
     output = storage.absolute(config.output)
-    staging = storage.join(output, STAGING_DIR)
-    done = _finished(output, config)
+    _finished(output, config)
     watch = _Stopwatch()
     with contextlib.ExitStack() as stack:
         connection = stack.enter_context(catalog.open_catalog())
+        grouping.create(connection)
         with watch.stage("list"):
-            catalog.list_collection(connection, config)
+            collection = catalog.list_collection(connection, config)
             listing_digest = catalog.listing_digest(connection)
-        if done:
-            _check_listing(done, listing_digest)
-            storage.delete(staging)
-            return _record(done, watch, already_done=True)
-        with watch.stage("stage"):
-            num_slices = _start(connection, output, config)
+            if config.extends is not None:
+                _settle(connection, config.extends)
+        claim = stack.enter_context(storage.claimed(output, "prepare"))
+        return _prepare(connection, config, collection, listing_digest, claim, watch)
+
+
+def _prepare(
+    connection: duckdb.DuckDBPyConnection,
+    config: PrepareConfig,
+    collection: catalog.Collection,
+    listing_digest: str,
+    claim: storage.Claim,
+    watch: _Stopwatch,
+) -> PrepareRecord:
+    """Everything that comes after the listing, under the claim of the output."""
+    output = storage.absolute(config.output)
+    staging = storage.join(output, STAGING_DIR)
+    if done := _finished(output, config):
+        _check_listing(done, listing_digest)
+        storage.delete(staging)
+        return _record(done, watch, already_done=True)
+    with watch.stage("stage"):
+        num_slices = _start(connection, output, config)
+    with contextlib.ExitStack() as stack:
         with watch.stage("start_ray"):
             stack.enter_context(connect(config.ray_address))
         with watch.stage("scan"):
-            _scan(connection, num_slices, staging, config)
+            _scan(connection, num_slices, staging, config, collection)
         with watch.stage("group"):
-            grouping.decide(connection)
+            grouping.decide(connection, config.near_duplicates, partial(scan.read_thumbnails, staging_url=staging))
+            counts = outcome.counts(connection)
             try:
-                outcome.check_counts(outcome.counts(connection), config)
+                outcome.check_counts(counts, config, collection.given)
             except DatasetError:
                 storage.delete(staging)
                 raise
@@ -141,6 +173,9 @@ def run(config: PrepareConfig) -> PrepareRecord:
         with watch.stage("write"):
             tables = ray_tasks.run(shards.write_chunk, num_chunks, staging_url=staging, output_url=output)
             written = sorted((row for table in tables for row in table.to_pylist()), key=itemgetter("shard"))
+        with watch.stage("check"):
+            parts = _parts(written)
+            check.check_shards(output, parts, counts)
         with watch.stage("finish"):
             rejects = outcome.rejects(connection)
             raw = {
@@ -154,14 +189,30 @@ def run(config: PrepareConfig) -> PrepareRecord:
                 "config": provenance.configuration(config),
                 "versions": provenance.versions(),
                 **outcome.duplicates(connection),
-                "parts": _parts(written),
+                "parts": parts,
+                "near_duplicates": outcome.near_duplicates(connection),
+                "given_splits": collection.given,
+                "label_rows": collection.label_rows,
+                "unmatched_label_rows": collection.unmatched_label_rows,
             }
             info = parse_info(output, raw)
+            claim.check()
             storage.publish_parquet(storage.join(output, REJECTS_NAME), rejects)
             storage.publish_bytes(storage.join(output, SAMPLES_NAME), sample_sheet(info))
+            check.check_rejects(storage.join(output, REJECTS_NAME), rejects)
             storage.publish_json(storage.join(output, INFO_NAME), raw)
+            check.check_info(output, raw)
             storage.delete(staging)
     return _record(info, watch, already_done=False)
+
+
+def _settle(connection: duckdb.DuckDBPyConnection, dataset: str) -> None:
+    """Fill the table `settled` with the images of a dataset and their splits."""
+    info = load_info(dataset)
+    for split in SPLITS:
+        for batch in iter_split(info, split, ["image_id"], catalog.BATCH_ROWS):
+            rows = pa.Table.from_batches([batch])
+            catalog.insert(connection, "settled", rows.append_column("split", pa.array([split] * len(rows))))
 
 
 def _finished(output: str, config: PrepareConfig) -> DatasetInfo | None:
@@ -171,8 +222,11 @@ def _finished(output: str, config: PrepareConfig) -> DatasetInfo | None:
         UsageError: the output lies within the images.
         OutputRefusedError: the output holds something else, or a dataset of another configuration.
     """
-    if output.startswith(storage.absolute(config.images) + "/"):
-        raise UsageError(f"--output must not lie in --images. Received: --output={output}")
+    if storage.is_inside(output, config.images):
+        raise UsageError(
+            f"--output must not lie inside --images. Received: --images={redact(config.images)} "
+            f"--output={redact(config.output)}"
+        )
     is_begun = storage.exists(storage.join(output, STAGING_DIR, MARKER_NAME))
     storage.refuse_foreign_output(output, (INFO_NAME, STAGING_DIR) if is_begun else (INFO_NAME,))
     if not storage.exists(storage.join(output, INFO_NAME)):
@@ -181,7 +235,7 @@ def _finished(output: str, config: PrepareConfig) -> DatasetInfo | None:
         info = load_info(output)
     except DatasetError as error:
         raise OutputRefusedError(f"--output must be empty, or hold a dataset of this command. {error}") from error
-    before, now = _identity(info.raw["config"]), _identity(provenance.configuration(config))
+    before, now = _identity({**_ADDED, **info.raw["config"]}), _identity(provenance.configuration(config))
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
         was = " ".join(f"{flag(name)}={before.get(name)}" for name in changed)
@@ -192,13 +246,18 @@ def _finished(output: str, config: PrepareConfig) -> DatasetInfo | None:
     return info
 
 
+_ADDED: Final = {"split": "auto", "near_duplicates": "group", "extends": None}
+"""What the configurations in the datasets of version 0.1.0 lack, and how these datasets are to be taken."""
+
+
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of a configuration that decide the content of the dataset: not its place, nor the cluster."""
-    labels = config["labels"]
+    labels, extends = config["labels"], config["extends"]
     return {
         **{name: value for name, value in config.items() if name not in ("output", "ray_address")},
         "images": storage.absolute(config["images"]),
         "labels": labels if labels in RULES else storage.absolute(labels),
+        "extends": None if extends is None else storage.absolute(extends),
     }
 
 
@@ -227,13 +286,18 @@ def _start(connection: duckdb.DuckDBPyConnection, output: str, config: PrepareCo
     return num_slices
 
 
-def _scan(connection: duckdb.DuckDBPyConnection, num_slices: int, staging: str, config: PrepareConfig) -> None:
+def _scan(
+    connection: duckdb.DuckDBPyConnection,
+    num_slices: int,
+    staging: str,
+    config: PrepareConfig,
+    collection: catalog.Collection,
+) -> None:
     """Scan all slices on the cluster, and fill the table `scanned`."""
-    grouping.create(connection)
     (num_files,) = catalog.one_row(connection, "SELECT count(*) FROM listing WHERE label IS NOT NULL")
     num_scanned, logged_at = 0, time.monotonic()
     for rows in ray_tasks.run(scan.scan_slice, num_slices, staging_url=staging):
-        grouping.add(connection, rows, config)
+        grouping.add(connection, rows, config, collection.given)
         num_scanned += rows.num_rows
         if time.monotonic() - logged_at >= _LOG_EVERY_S:
             logged_at = time.monotonic()
@@ -277,4 +341,6 @@ def _record(info: DatasetInfo, watch: _Stopwatch, *, already_done: bool) -> Prep
         num_conflicts=len(raw["conflicts"]),
         durations_s=watch.durations_s,
         images_per_s=round(raw["listed"] / max(sum(watch.durations_s.values()), 1e-9), 1),
+        given_splits=dict(raw.get("given_splits", {})),
+        unmatched_label_rows=raw.get("unmatched_label_rows"),
     )

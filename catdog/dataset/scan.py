@@ -25,6 +25,9 @@ BAND_COLUMNS: Final = tuple(f"band_{band}" for band in range(HASH_SIDE**2 // BAN
 
 MOMENT_COLUMNS: Final = ("mean", "mean_square")
 
+THUMBNAIL_PX: Final = 16
+"""Pixels per side of the thumbnail, which is RGB, one byte per value. Each is the mean of 8 x 8 pixels."""
+
 _SIDE_PX: Final = 128
 """Pixels per side to which an image is resized before its hash and its pixel statistics are computed."""
 
@@ -32,7 +35,7 @@ _BLANK_STD: Final = 5.0
 """A picture whose grey values (0..255) have a smaller standard deviation counts as blank: its hash would be that of
 noise. The smallest among 20,000 photographs of Dogs vs. Cats is 14."""
 
-_FORMAT: Final = "scan-v1"
+_FORMAT: Final = "scan-v2"
 """Version of what is staged. It enters into the name of every staging part, so that parts of another version are not
 used."""
 
@@ -60,6 +63,7 @@ SCAN_SCHEMA: Final = pa.schema(
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
         *(pa.field(name, pa.list_(pa.float64(), 3)) for name in MOMENT_COLUMNS),
+        pa.field("thumbnail", pa.binary()),
     ]
 )
 """`_staging/scan/*.parquet`: `mean` and `mean_square` are means of the pixels, 0..255, and of their squares, per
@@ -79,11 +83,17 @@ def scan_slice(index: int, staging_url: str) -> pa.Table:
     if storage.exists(url):
         return storage.read_parquet(url, columns=LIGHT_SCHEMA.names).cast(LIGHT_SCHEMA)
     files = listing.select(["row", "uri", "label"]).to_pylist()
-    sources = storage.read_sources(listing["uri"].to_pylist(), listing["num_bytes"].to_pylist())
+    uris, sizes, versions = (listing[name].to_pylist() for name in ("uri", "num_bytes", "version"))
+    sources = storage.read_sources(uris, sizes, versions)
     rows = [{**file, "part": part, **_scan(data)} for file, data in zip(files, sources, strict=True)]
     staged = pa.Table.from_pylist(rows, schema=SCAN_SCHEMA)
     storage.publish_parquet(url, staged)
     return staged.select(LIGHT_SCHEMA.names)
+
+
+def read_thumbnails(part: str, staging_url: str) -> pa.Table:
+    """The columns `row` and `thumbnail` of a staging part."""
+    return storage.read_parquet(storage.join(staging_url, SCAN_DIR, part), columns=["row", "thumbnail"])
 
 
 def _digest(listing: pa.Table) -> str:
@@ -112,8 +122,14 @@ def _scan(data: bytes | ImageError) -> dict[str, Any]:
         "height": image.height,
         "mean": statistics.mean,
         "mean_square": [total / count for total, count in zip(statistics.sum2, statistics.count, strict=True)],
+        "thumbnail": thumbnail(pixels),
         **dict(zip(BAND_COLUMNS, perceptual_hash(pixels), strict=True)),
     }
+
+
+def thumbnail(picture: Image.Image) -> bytes:
+    """The pixels of a small copy of a square picture, with which `catdog.dataset.grouping` compares pictures."""
+    return picture.resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BOX).tobytes()
 
 
 def perceptual_hash(picture: Image.Image) -> list[int] | list[None]:

@@ -5,7 +5,6 @@ which rows of these parts go to which shard. The chunk's task reads each of its 
 task reads. The images of a shard are in the order of `image_id`, which is a hash, so that the classes are mixed.
 """
 
-import tempfile
 from collections import Counter
 from itertools import groupby
 from operator import itemgetter
@@ -17,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from catdog import storage
+from catdog import scratch, storage
 from catdog.dataset import catalog, scan
 from catdog.portions import portions
 from catdog.schema import DATASET_SCHEMA
@@ -98,7 +97,7 @@ def write_chunk(index: int, staging_url: str, output_url: str) -> pa.Table:
     plan = storage.read_parquet(storage.join(staging_url, PLAN_DIR, scan.part_name(index)))
     shards = sorted(pc.unique(plan["shard"]).to_pylist())
     # The images of a chunk could fill the memory of a small machine, so they are sorted into one local file per shard.
-    with tempfile.TemporaryDirectory(prefix="catdog-prepare-") as directory:
+    with scratch.directory("prepare") as directory:
         paths = {shard: str(Path(directory, f"{number}.arrow")) for number, shard in enumerate(shards)}
         _distribute(plan, storage.join(staging_url, scan.SCAN_DIR), paths)
         return pa.Table.from_pylist(

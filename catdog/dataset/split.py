@@ -1,9 +1,16 @@
-"""The split of an image: a pure function of the key of its duplicate group and a seed."""
+"""The split of an image: a pure function of the key of its duplicate group and a seed, or what its folder names."""
 
 import hashlib
+import re
+from collections.abc import Sequence
 from typing import Final
 
 _POSITION_BYTES: Final = 8
+
+HELD_OUT: Final = ("test", "val")
+"""The splits that a model does not learn from, the one that is to be kept clean most first."""
+
+_FOLDER: Final = re.compile(r"(train|val|test)(?:ing|id|idation)?(?:[ _-]?(?:set|split|data|images))?", re.IGNORECASE)
 
 
 def split_of(group_key: str, *, seed: int, val_fraction: float, test_fraction: float) -> str:
@@ -20,3 +27,15 @@ def split_of(group_key: str, *, seed: int, val_fraction: float, test_fraction: f
     if position < test_fraction:
         return "test"
     return "val" if position < test_fraction + val_fraction else "train"
+
+
+def named_split(folders: Sequence[str]) -> str | None:
+    """The split that a file's folders name, the innermost first; None if none does.
+
+    >>> named_split(["pets", "Validation", "dogs"])
+    'val'
+    """
+    for folder in reversed(folders):
+        if (match := _FOLDER.fullmatch(folder)) is not None:
+            return match[1].lower()
+    return None

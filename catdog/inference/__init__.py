@@ -1,7 +1,8 @@
 """Bulk prediction: labels what is new in a collection of images, and publishes Parquet predictions.
 
-The modules, in the order in which a run needs them: `plan` finds what is new and cuts it into slices, `executors` hand
-the slices to workers, `work` labels them, `publish` writes their rows, and `books` checks that no image was lost.
+The modules, in the order in which a run needs them: `sources` lists the images, `plan` finds what is new and cuts it
+into slices, `executors` hand the slices to workers, `work` labels them, `publish` writes their rows, and `books` checks
+that no image was lost. `verification` recounts what an output holds.
 """
 
 import time
@@ -11,11 +12,15 @@ from datetime import UTC, datetime
 from catdog import bundle, storage
 from catdog.config import PredictConfig
 from catdog.inference import books, executors
-from catdog.inference.books import RunRecord, Verification, verify
+from catdog.inference.books import RunRecord
 from catdog.inference.plan import open_plan
+from catdog.inference.publish import list_parts
+from catdog.inference.sources import refuse_output_inside
+from catdog.inference.verification import Verification, recount, run_verify, verify
 from catdog.inference.work import Job
+from catdog.storage.listing import list_all_names
 
-__all__ = ["PlanSummary", "RunRecord", "Verification", "plan_summary", "predict", "verify"]
+__all__ = ["PlanSummary", "RunRecord", "Verification", "plan_summary", "predict", "recount", "run_verify", "verify"]
 
 
 def predict(config: PredictConfig) -> RunRecord:
@@ -23,33 +28,54 @@ def predict(config: PredictConfig) -> RunRecord:
 
     Raises:
         UsageError: there are no images, or the output cannot be used. Nothing was written.
+        OutputClaimedError: another run is at work in the output. Nothing was written.
         BundleError: the model cannot be used. Nothing was written.
+        ClaimLostError: another run took over the output.
         StorageError: a storage failed. What was published stays, and the same command does the rest.
         BooksError: an image was lost or counted twice.
     """
     started, started_at = time.monotonic(), datetime.now(UTC)
+    sources = [storage.absolute(url, keep_slash=True) for url in config.sources]
     output = storage.absolute(config.output)
-    job = Job(
-        model=None if config.model is None else storage.absolute(config.model),
-        model_id=bundle.load(config.model).model_id,
-        output=output,
-        run_id=books.new_run_id(started_at),
-        batch_size=config.batch_size,
-        engine=config.engine,
-        use_gpu=config.use_gpu,
-    )
-    with open_plan(storage.absolute(config.images), output, job.model_id, retry_errors=config.retry_errors) as plan:
+    model_id = bundle.load(config.model).model_id
+    refuse_output_inside(sources, output)
+    list_parts(output)
+    is_after_death = _is_after_death(output)
+    with (
+        storage.claimed(output, "predict") as claim,
+        open_plan(sources, output, model_id, retry_errors=config.retry_errors) as plan,
+    ):
         planned = time.monotonic()
+        job = Job(
+            model=None if config.model is None else storage.absolute(config.model),
+            model_id=model_id,
+            output=output,
+            claim_url=claim.url,
+            claim_owner=storage.read_json(claim.url)["owner"],
+            roots=plan.listed.roots,
+            own=plan.listed.own,
+            is_after_death=is_after_death,
+            run_id=books.new_run_id(started_at),
+            batch_size=config.batch_size,
+            engine=config.engine,
+            use_gpu=config.use_gpu,
+        )
         executor = executors.chosen(config.executor, config.ray_address)
-        ledger = books.Ledger(plan.counts)
+        ledger = books.Ledger(plan.counts, plan.listed.skipped)
         if plan.counts.to_label:
             results = executors.run(executor, job, plan.slices(), config.num_workers, config.ray_address)
             ledger.enter(results)
-    done = time.monotonic()
-    durations_s = {"plan": planned - started, "label": done - planned, "total": done - started}
-    record = ledger.close(config, job, executor=executor, started_at=started_at, durations_s=durations_s)
-    storage.publish_json(storage.join(output, books.RUNS_NAME, f"{job.run_id}.json"), record.to_dict())
+        done = time.monotonic()
+        durations_s = {"plan": planned - started, "label": done - planned, "total": done - started}
+        record = ledger.close(config, job, executor=executor, started_at=started_at, durations_s=durations_s)
+        claim.check()
+        storage.publish_json(storage.join(output, books.RUNS_NAME, f"{job.run_id}.json"), record.to_dict())
     return record
+
+
+def _is_after_death(output: str) -> bool:
+    """Whether a claim lies in the output: its run died, or is still at work, which the next claim finds out."""
+    return any(name.startswith(".catdog-claim-") for name in list_all_names(output))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +101,9 @@ def plan_summary(config: PredictConfig) -> PlanSummary:
     Raises the errors of `predict`.
     """
     _, model_id = bundle.read_card(config.model)
-    images, output = storage.absolute(config.images), storage.absolute(config.output)
-    with open_plan(images, output, model_id, retry_errors=config.retry_errors) as plan:
+    sources = [storage.absolute(url, keep_slash=True) for url in config.sources]
+    output = storage.absolute(config.output)
+    with open_plan(sources, output, model_id, retry_errors=config.retry_errors) as plan:
         return PlanSummary(
             **asdict(plan.counts),
             num_slices=sum(1 for _ in plan.slices()),

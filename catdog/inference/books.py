@@ -1,4 +1,4 @@
-"""The books of a run, which say where every image went; the run record; and verifying an output."""
+"""The books of a run, which say where every image went, and the run record."""
 
 import contextlib
 import logging
@@ -8,13 +8,12 @@ from collections import Counter
 from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
-from catdog import provenance, records, storage
+from catdog import provenance, records
 from catdog.config import PredictConfig
-from catdog.errors import BooksError
-from catdog.inference.plan import Counts, open_database
-from catdog.inference.publish import KEY_COLUMNS, list_parts, read_parts, spill_keys
+from catdog.errors import BooksError, StorageError
+from catdog.inference.plan import PASSING_CODES, Counts
 from catdog.inference.work import Job, SliceResult
 
 logger = logging.getLogger(__name__)
@@ -24,6 +23,9 @@ RUNS_NAME: Final = "_runs"
 
 LOG_INTERVAL_S: Final = 10.0
 """Seconds between two lines of the log while images are labelled."""
+
+DENIED_IMAGES: Final = 256
+"""If a run cannot get at any of so many images, which are its first, it stops: their storage is closed to it."""
 
 
 def new_run_id(now: datetime) -> str:
@@ -40,7 +42,7 @@ class Books:
     error: int
     already_done: int
     duplicate: int
-    """Entries of the listing whose uri was listed before."""
+    """Entries of the listing whose image was listed before."""
 
     def check(self, whose: str = "") -> None:
         """Raise `BooksError` unless the books balance. The message begins with `whose`."""
@@ -83,6 +85,9 @@ class RunRecord(records.Record):
     failed_fraction_exceeded: bool
     """Whether `failed_fraction` is larger than `--max-failed-fraction`."""
 
+    skipped: dict[str, int]
+    """Reason → number of things that were not listed: a directory that may not be read, a link that leads back, ..."""
+
     parts: list[str]
     """Names of the part files that this run wrote."""
 
@@ -119,6 +124,8 @@ class RunRecord(records.Record):
             f"Predictions: {self.output} (run {self.run_id})",
         ]
 
+    failure_exit_code: ClassVar[int] = 3
+
     def complaint(self) -> str | None:
         """The error text if more images failed than the configuration allows."""
         if not self.failed_fraction_exceeded:
@@ -132,9 +139,11 @@ class RunRecord(records.Record):
 class Ledger:
     """Adds up the results of a run's slices, and closes its books."""
 
-    def __init__(self, counts: Counts) -> None:
-        """Open the books of a run whose plan has these counts, and log the counts."""
+    def __init__(self, counts: Counts, skipped: dict[str, int]) -> None:
+        """Open the books of a run whose plan has these counts, and whose listing skipped so many; log the counts."""
         self._counts = counts
+        self._skipped = skipped
+        self._already_done = counts.already_done
         self.parts: list[str] = []
         self.labels: Counter[str] = Counter(cat=0, dog=0)
         self.errors: Counter[str] = Counter()
@@ -153,6 +162,7 @@ class Ledger:
         with contextlib.closing(results):
             for result in results:
                 self._add(result)
+                self._refuse_closed_storage(result)
                 now = time.monotonic()
                 if now - logged > LOG_INTERVAL_S:
                     logged = now
@@ -160,8 +170,19 @@ class Ledger:
                     rate = num_labelled / (now - started)
                     logger.info("Labelled %d of %d images, %.0f per second", num_labelled, self._counts.to_label, rate)
 
+    def _refuse_closed_storage(self, result: SliceResult) -> None:
+        """Raise `StorageError` if the run has got at none of the images that it tried first."""
+        num_denied = sum(self.errors[code] for code in PASSING_CODES)
+        if not result.is_retry and DENIED_IMAGES <= num_denied == self.labels.total() + self.errors.total():
+            raise StorageError(
+                "the storage of --images must give some of the images that it lists. "
+                f"Received: {records.counted(dict(self.errors))} of the first {num_denied} images"
+            )
+
     def _add(self, result: SliceResult) -> None:
-        self.parts.append(result.part)
+        self._already_done += result.already_done
+        if result.is_published:
+            self.parts.append(result.part)
         self.labels.update(result.labels)
         self.errors.update(result.errors)
         self.needs_review += result.needs_review
@@ -188,7 +209,7 @@ class Ledger:
             listed=self._counts.listed,
             ok=self.labels.total(),
             error=self.errors.total(),
-            already_done=self._counts.already_done,
+            already_done=self._already_done,
             duplicate=self._counts.duplicate,
         )
         books.check()
@@ -206,6 +227,7 @@ class Ledger:
             errors=dict(sorted(self.errors.items())),
             failed_fraction=failed_fraction,
             failed_fraction_exceeded=failed_fraction > config.max_failed_fraction,
+            skipped=self._skipped,
             parts=sorted(self.parts),
             num_bytes=self.num_bytes,
             engines=dict(self.engines),
@@ -221,71 +243,3 @@ class Ledger:
 
 def _rounded(seconds: dict[str, float] | Counter[str]) -> dict[str, float]:
     return {stage: round(value, 3) for stage, value in seconds.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verification(records.Record):
-    """What an output of `predict` holds, counted from its files."""
-
-    output: str
-    parts: int
-    rows: int
-    ok: int
-    error: int
-    models: int
-    runs: int
-
-    def summary(self) -> list[str]:
-        """The numbers of rows, part files, models and runs."""
-        return [
-            f"Verified {self.output}: {self.rows:,} rows = {self.ok:,} ok + {self.error:,} error.",
-            f"  {records.plural(self.parts, 'part')}, {records.plural(self.models, 'model')}, "
-            f"{records.plural(self.runs, 'run')}",
-        ]
-
-
-def verify(output: str) -> Verification:
-    """Check that an output of `predict` is whole: its part files are, no image has two rows, and all books balance.
-
-    Raises:
-        BooksError: an image has two rows for one version and model, the books of a run do not balance, or a part file
-            that a run wrote is missing.
-        OutputRefusedError: a part file is damaged, or was not written by `predict`.
-    """
-    output = storage.absolute(output)
-    parts = list_parts(output)
-    with open_database() as (database, scratch):
-        keys = scratch / "keys.parquet"
-        spill_keys(keys, read_parts(output, parts))
-        rows = database.execute(
-            "SELECT count(*), count(*) FILTER (status = 'ok'), count(DISTINCT model_id) FROM read_parquet(?)",
-            [str(keys)],
-        ).fetchall()
-        twice = database.execute(
-            f"SELECT {', '.join(KEY_COLUMNS[:3])}, count(*), min(part), max(part) FROM read_parquet(?) "
-            "GROUP BY ALL HAVING count(*) > 1 ORDER BY ALL LIMIT 1",
-            [str(keys)],
-        ).fetchall()
-    if twice:
-        uri, version, _, num_rows, first, last = twice[0]
-        raise BooksError(
-            "An image must have at most one row for one version and model. "
-            f"Received: {num_rows} of {uri} (version {version}), in {first} and {last}"
-        )
-    runs = storage.list_names(storage.join(output, RUNS_NAME), ".json")
-    known = set(parts)
-    for run in runs:
-        record = storage.read_json(storage.join(output, RUNS_NAME, run))
-        Books(**record["books"]).check(whose=f"{run}: ")
-        if missing := sorted(set(record["parts"]) - known):
-            raise BooksError(f"{run}: every part that a run wrote must be there. Received: {missing[0]} is missing")
-    ((num_rows, num_ok, num_models),) = rows
-    return Verification(
-        output=output,
-        parts=len(parts),
-        rows=num_rows,
-        ok=num_ok,
-        error=num_rows - num_ok,
-        models=num_models,
-        runs=len(runs),
-    )

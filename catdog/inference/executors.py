@@ -16,7 +16,7 @@ from catdog import errors, ray_internals, ray_session
 from catdog.config import Executor
 from catdog.errors import CatdogError
 from catdog.inference.plan import Slice
-from catdog.inference.work import Job, SliceResult, Worker
+from catdog.inference.work import MAX_UNDER_WAY, Job, SliceResult, Worker
 from catdog.storage import SourceFile
 
 _MAX_RESTARTS: Final = 3
@@ -27,6 +27,9 @@ _SLICES_PER_RAY_DATA_JOB: Final = 10_000
 """Largest number of slices of one Ray Data job, some four million images. The driver holds these slices in memory,
 compressed. A larger plan is run as several Ray Data jobs, one after the other."""
 
+_MAX_IN_FLIGHT: Final = 2
+"""How many slices an actor is given at a time, so that it has the next one when it is done with one."""
+
 _MAX_WAIT_S: Final = 20.0
 """Longest wait for a cluster to have any CPU at all."""
 
@@ -35,7 +38,8 @@ def chosen(executor: Executor, ray_address: str | None) -> Literal["inline", "ra
     """The executor to use. `auto` means `ray` if there is a cluster to run on, else `inline`."""
     if executor != "auto":
         return executor
-    return "ray" if ray_session.cluster_address(ray_address) else "inline"
+    is_cluster = ray_address != "local" if ray_address else bool(ray_session.cluster_address(None))
+    return "ray" if is_cluster else "inline"
 
 
 def run(
@@ -61,7 +65,7 @@ def run(
     """
     if executor == "inline":
         with Worker(job, num_workers) as worker:
-            yield from worker.run(slices)
+            yield from worker.run(slices, num_suspects=MAX_UNDER_WAY if job.is_after_death else 0)
         return
     with ray_session.connect(ray_address):
         num_actors = num_workers or _num_cluster_cpus()
@@ -82,7 +86,7 @@ def _run_ray_data_job(job: Job, packed: list[bytes], num_actors: int) -> Iterato
     slices = ray.data.from_items([{"slice": data} for data in packed], override_num_blocks=len(packed))
     # No other operator of the job takes CPUs, so the pool may take all. It begins with those that are free, and grows.
     pool = ray.data.ActorPoolStrategy(
-        min_size=max(1, min(num_free, num_actors)), max_size=num_actors, max_tasks_in_flight_per_actor=2
+        min_size=max(1, min(num_free, num_actors)), max_size=num_actors, max_tasks_in_flight_per_actor=_MAX_IN_FLIGHT
     )
     with warnings.catch_warnings():
         # Ray deprecates options that are not parameters of `map`, but the two for restarts have no parameters yet.
@@ -111,17 +115,24 @@ class _SliceLabeller:
     """What an actor runs: it labels and publishes a packed slice, and returns the result or the error.
 
     An error is returned and not raised, so that the command ends with its one line instead of Ray's traceback.
+
+    An actor that was started again because it had died suspects the slices that it had in flight. If an image in one of
+    them kills the process that decodes it, the actor goes on suspecting.
     """
 
     def __init__(self, job: Job) -> None:
+        import ray
+
         self._job = job
         self._worker: Worker | None = None
+        self._num_suspects = _MAX_IN_FLIGHT if ray.get_runtime_context().was_current_actor_reconstructed else 0
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
         try:
             if self._worker is None:
                 self._worker = Worker(self._job, num_workers=1)
-            (result,) = self._worker.run([_unpack(row["slice"])])
+            (result,) = self._worker.run([_unpack(row["slice"])], num_suspects=self._num_suspects)
+            self._num_suspects = _MAX_IN_FLIGHT if result.errors.get("decoder_died") else max(0, self._num_suspects - 1)
         except CatdogError as error:
             return {"kind": type(error).__name__, "text": str(error)}
         return {"kind": SliceResult.__name__, "text": json.dumps(asdict(result))}

@@ -1,33 +1,39 @@
 """The plan of a run: the images that are listed and not yet in the output, cut into slices.
 
-DuckDB computes the plan, and spills to the local temporary directory. Python never holds more than one slice of it.
+DuckDB computes the plan, and spills to the local temporary directory. Python holds one slice of it at a time.
 
 The sorted listing is cut after every uri with a certain hash, and where a slice would be longer than `MAX_SLICE_SIZE`.
 A slice is what lies between two cuts, without the images that are done. A file that is added or removed therefore
 changes only its own slice, and the next few if these have the maximal length.
 
-The name of a part is a digest of the images that it will hold. A run that is killed and repeated, or started twice from
-the same state, thus publishes the same rows under the same names. Only two simultaneous runs over different listings
-may both label an image, which `catdog.inference.verify` finds.
+The name of a part is a digest of the images that it will hold, and of what the output held of those that have no
+version. A run that is killed and repeated thus publishes its rows under the same names. The plan is made while the run
+holds the claim of its output, so that no other run labels the same images at the same time.
+
+What a storage says of an image can be a fact of a moment: `PASSING_CODES` are tried again in every run. And an image
+that has no version (its storage tells neither an ETag nor a time) is read again in every run. If the run finds of such
+an image what the output holds, the image counts as already done, and its row stays as it is (`Slice.known`).
 """
 
 import contextlib
-import gzip
 import hashlib
 import itertools
-import json
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import duckdb
 
-from catdog import storage
-from catdog.errors import UsageError
+from catdog.inference.database import open_database
 from catdog.inference.publish import KEY_COLUMNS, list_parts, part_name, read_parts, spill_keys
+from catdog.inference.sources import Listed, refuse_output_inside, spill_listing
 from catdog.storage import SourceFile
+
+PASSING_CODES: Final = ("not_found", "permission_denied", "unreachable")
+"""The error codes that tell of the storage at one moment, and nothing of the image. The next run tries it again."""
+
+CONTENT_VERSION: Final = "sha256-"
+"""How the `source_version` of an image begins that has no version in its storage: a digest of its bytes follows."""
 
 SLICE_SIZE: Final = 512
 """Average distance between two hash cuts, in images: a second of work for a core or two, and a file of some 60 kB."""
@@ -36,30 +42,57 @@ MAX_SLICE_SIZE: Final = 2 * SLICE_SIZE
 """Largest number of images in a slice. One slice in seven is that long. The limit exists because at the end of a run
 all workers wait for the last slice."""
 
-_MEMORY_LIMIT: Final = "1GB"
 _FETCH_ROWS: Final = 4096
 
 # The members of an archive stay together, so that a slice opens one archive instead of hundreds.
-_ORDER: Final = "regexp_extract(uri, '^zip://.*::(.*)$', 1), uri"
+_ORDER: Final = "regexp_extract(uri, '^zip://.*::(.*)$', 1), uri, version"
 
-_WORK: Final = """
+# An archive may have two members of one name: there (uri, version) is an image. Elsewhere a file that is listed twice
+# with two versions has changed in between, and the later version is the image.
+_WORK: Final = f"""
 CREATE TABLE work AS
 WITH
 wanted AS (
     SELECT uri, max(version) AS version, arg_max(num_bytes, version) AS num_bytes, count(*) AS num_listed
-    FROM read_json($listed, columns = {uri: 'VARCHAR', version: 'VARCHAR', num_bytes: 'BIGINT'}) GROUP BY uri
+    FROM read_json(
+        $listed, columns = {{uri: 'VARCHAR', version: 'VARCHAR', num_bytes: 'BIGINT'}}, hive_partitioning = false
+    ) GROUP BY uri, CASE WHEN contains(uri, '::') THEN version END
+),
+done AS (
+    SELECT uri, source_version AS version, status = 'ok' AS is_ok, error_code, part
+    FROM read_parquet($done, hive_partitioning = false) WHERE model_id = $model_id
 ),
 known AS (
     SELECT
-        uri, source_version AS version,
-        bool_or(status = 'ok') AS is_ok, min(part) FILTER (status = 'error') AS error_part
-    FROM read_parquet($done) WHERE model_id = $model_id GROUP BY ALL
+        uri, version, bool_or(is_ok) AS is_ok, min(part) FILTER (NOT is_ok) AS error_part,
+        min(error_code) FILTER (NOT is_ok) AS error_code
+    FROM done GROUP BY ALL
+),
+unversioned AS (
+    SELECT uri, min(part) FILTER (NOT is_ok AND (version = '' OR $retry_errors)) AS error_part
+    FROM done SEMI JOIN (SELECT uri FROM wanted WHERE version = '') USING (uri) GROUP BY uri
+),
+contents AS (
+    SELECT
+        done.uri,
+        list_sort(list(DISTINCT CASE WHEN done.version = '' THEN error_code ELSE done.version END)) AS known
+    FROM done JOIN unversioned USING (uri)
+    WHERE (starts_with(done.version, '{CONTENT_VERSION}') OR done.version = '')
+        AND NOT ($retry_errors AND NOT is_ok AND part = error_part)
+    GROUP BY done.uri
 )
 SELECT
     wanted.*,
-    known.uri IS NOT NULL AS is_known,
-    CASE WHEN $retry_errors AND NOT is_ok THEN error_part END AS retried_part
-FROM wanted LEFT JOIN known USING (uri, version)
+    CASE WHEN wanted.version = '' THEN unversioned.error_part IS NOT NULL ELSE known.uri IS NOT NULL END AS is_known,
+    CASE
+        WHEN wanted.version = '' THEN unversioned.error_part
+        WHEN NOT known.is_ok AND ($retry_errors OR known.error_code IN {PASSING_CODES}) THEN known.error_part
+    END AS retried_part,
+    list_filter(CASE
+        WHEN wanted.version = '' THEN contents.known
+        WHEN NOT known.is_ok AND NOT $retry_errors THEN [known.error_code]
+    END, lambda x: x IS NOT NULL) AS known
+FROM wanted LEFT JOIN known USING (uri, version) LEFT JOIN unversioned USING (uri) LEFT JOIN contents USING (uri)
 """
 
 _COUNTS: Final = """
@@ -67,11 +100,13 @@ SELECT coalesce(sum(num_listed), 0)::BIGINT, count(*), count(*) FILTER (is_known
 """
 
 _NEW: Final = f"""
-SELECT uri, version, num_bytes, NOT is_known, md5_number_lower(uri) % {SLICE_SIZE} = 0 FROM work ORDER BY {_ORDER}
+SELECT uri, version, num_bytes, known, NOT is_known, md5_number_lower(uri) % {SLICE_SIZE} = 0
+FROM work ORDER BY {_ORDER}
 """
 
 _RETRIED: Final = f"""
-SELECT retried_part, uri, version, num_bytes FROM work WHERE retried_part IS NOT NULL ORDER BY retried_part, {_ORDER}
+SELECT retried_part, uri, version, num_bytes, known
+FROM work WHERE retried_part IS NOT NULL ORDER BY retried_part, {_ORDER}
 """
 
 
@@ -82,11 +117,14 @@ class Slice:
     Attributes:
         part: name of the part file.
         files: the images to label, at least one, in the order of the rows in the part file.
+        known: for each image, what the output holds of it: an error code, or versions that begin with
+            `CONTENT_VERSION`. An image of which the worker finds one of these is already done.
         is_retry: whether the part file exists, and its rows of other images are to be kept.
     """
 
     part: str
     files: list[SourceFile]
+    known: list[list[str]]
     is_retry: bool = False
 
 
@@ -96,8 +134,8 @@ class Counts:
 
     Attributes:
         listed: all entries of the listing.
-        duplicate: entries whose uri was listed before.
-        already_done: images that have a row in the output for the same version and model, unless they are retried.
+        duplicate: entries whose image was listed before.
+        already_done: images that have a row in the output for the same version and model, unless they are tried again.
         to_label: all other images.
     """
 
@@ -110,39 +148,46 @@ class Counts:
 class Plan:
     """The plan of one run. `open_plan` makes it."""
 
-    def __init__(self, database: duckdb.DuckDBPyConnection, model_id: str) -> None:
+    def __init__(self, database: duckdb.DuckDBPyConnection, model_id: str, listed: Listed) -> None:
         self._database = database
         self._model_id = model_id
-        ((listed, wanted, already_done),) = self._query(_COUNTS)
+        self.listed = listed
+        ((num_listed, wanted, already_done),) = self._query(_COUNTS)
         self.counts = Counts(
-            listed=listed, duplicate=listed - wanted, already_done=already_done, to_label=wanted - already_done
+            listed=num_listed, duplicate=num_listed - wanted, already_done=already_done, to_label=wanted - already_done
         )
 
     def slices(self) -> Iterator[Slice]:
         """All slices, always in the same order. May be called more than once."""
         yield from self._new_slices()
         for part, rows in itertools.groupby(self._query(_RETRIED), key=lambda row: row[0]):
-            yield Slice(part=part, files=[SourceFile(*row[1:]) for row in rows], is_retry=True)
+            files, known = [], []
+            for _, uri, version, num_bytes, held in rows:
+                files.append(SourceFile(uri, version, num_bytes))
+                known.append(held or [])
+            yield Slice(part=part, files=files, known=known, is_retry=True)
 
     def _new_slices(self) -> Iterator[Slice]:
         files: list[SourceFile] = []
+        known: list[list[str]] = []
         length = 0
-        for uri, version, num_bytes, is_new, is_last in self._query(_NEW):
+        for uri, version, num_bytes, held, is_new, is_last in self._query(_NEW):
             length += 1
             if is_new:
                 files.append(SourceFile(uri, version, num_bytes))
+                known.append(held or [])
             if is_last or length == MAX_SLICE_SIZE:
                 if files:
-                    yield self._slice(files)
-                files, length = [], 0
+                    yield self._slice(files, known)
+                files, known, length = [], [], 0
         if files:
-            yield self._slice(files)
+            yield self._slice(files, known)
 
-    def _slice(self, files: list[SourceFile]) -> Slice:
+    def _slice(self, files: list[SourceFile], known: list[list[str]]) -> Slice:
         digest = hashlib.blake2b(self._model_id.encode(), digest_size=16)
-        for file in files:
-            digest.update(f"\n{file.uri}\t{file.version}".encode())
-        return Slice(part=part_name(digest.hexdigest()), files=files)
+        for file, held in zip(files, known, strict=True):
+            digest.update("\t".join([f"\n{file.uri}", file.version, *held]).encode())
+        return Slice(part=part_name(digest.hexdigest()), files=files, known=known)
 
     def _query(self, sql: str) -> Iterator[Any]:
         with self._database.cursor() as cursor:
@@ -152,46 +197,28 @@ class Plan:
 
 
 @contextlib.contextmanager
-def open_plan(images: str, output: str, model_id: str, *, retry_errors: bool) -> Iterator[Plan]:
+def open_plan(sources: Sequence[str], output: str, model_id: str, *, retry_errors: bool) -> Iterator[Plan]:
     """Plan a run, and keep the plan for the length of a `with` block. Writes only temporary files on this machine.
+
+    Args:
+        sources: where the images are. An image that two sources list is a duplicate.
+        output: directory of the part files.
+        model_id: the model to label with.
+        retry_errors: whether all images that failed are tried again, and not only those with `PASSING_CODES`.
 
     Raises:
         UsageError: there are no images, or the output lies within them.
         OutputRefusedError: the output holds something that predict did not write.
         StorageError: a storage failed.
     """
-    if (output + "/").startswith(images.rstrip("/") + "/"):
-        raise UsageError(f"--output must not lie inside --images. Received: --images={images} --output={output}")
+    refuse_output_inside(sources, output)
     parts = list_parts(output)
     with open_database() as (database, scratch):
-        listed, done = scratch / "listed.json.gz", scratch / "done.parquet"
-        _spill_listing(listed, images)
+        spilled, done = scratch / "listed.json.gz", scratch / "done.parquet"
+        listed = spill_listing(spilled, sources, output)
         spill_keys(done, read_parts(output, parts, KEY_COLUMNS))
-        parameters = {"listed": str(listed), "done": str(done), "model_id": model_id, "retry_errors": retry_errors}
+        parameters = {"listed": str(spilled), "done": str(done), "model_id": model_id, "retry_errors": retry_errors}
         database.execute(_WORK, parameters)
-        for spilled in (listed, done):
-            spilled.unlink()
-        yield Plan(database, model_id)
-
-
-def _spill_listing(path: Path, images: str) -> None:
-    """Write the listing to a local file."""
-    # This is JSON, because making an Arrow table from Python values imports pandas, which takes half a second.
-    with gzip.open(path, "wt", compresslevel=1) as spilled:
-        for file in storage.list_images(images):
-            row = {"uri": file.uri, "version": file.version, "num_bytes": file.num_bytes}
-            spilled.write(json.dumps(row) + "\n")
-
-
-@contextlib.contextmanager
-def open_database() -> Iterator[tuple[duckdb.DuckDBPyConnection, Path]]:
-    """An empty database in memory, and the temporary directory to which it spills, for the length of a `with` block."""
-    with tempfile.TemporaryDirectory(prefix="catdog-plan-") as scratch:
-        settings: dict[str, str | bool | int | float | list[str]] = {
-            "memory_limit": _MEMORY_LIMIT,
-            "temp_directory": scratch,
-            "preserve_insertion_order": False,
-            "python_enable_replacements": False,  # they would import pandas, too
-        }
-        with duckdb.connect(config=settings) as database:
-            yield database, Path(scratch)
+        for path in (spilled, done):
+            path.unlink()
+        yield Plan(database, model_id, listed)

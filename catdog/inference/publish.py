@@ -6,23 +6,20 @@ data.
 
 import concurrent.futures
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from catdog import provenance, schema, storage
 from catdog.errors import OutputRefusedError, StorageError
 from catdog.schema import PREDICTIONS_SCHEMA
 
-KEY_COLUMNS: Final = ("uri", "source_version", "model_id", "status")
+KEY_COLUMNS: Final = ("uri", "source_version", "model_id", "status", "error_code")
 """The columns that tell what an output holds. The first three identify a row."""
-
-_SPILLED_SCHEMA: Final = pa.schema([(name, pa.string()) for name in (*KEY_COLUMNS, "part")])
 
 _READERS: Final = 16
 """Number of part files that are read at the same time."""
@@ -33,25 +30,36 @@ def part_name(digest: str) -> str:
     return f"part-{digest}.parquet"
 
 
-def publish_part(output: str, part: str, rows: pa.Table, *, keep_others: bool) -> None:
+def is_part(name: str) -> bool:
+    """Whether a file of this name is a part file."""
+    return name.startswith("part-") and name.endswith(".parquet")
+
+
+def publish_part(output: str, part: str, rows: pa.Table, *, replaced: Iterable[tuple[str, str]] | None = None) -> None:
     """Publish rows as a part file, which replaces a file of the same name.
 
     Args:
         output: directory of the part files.
         part: name of the file.
         rows: rows in `PREDICTIONS_SCHEMA`.
-        keep_others: whether to keep the rows of other uris that the file of the same name holds.
+        replaced: (uri, source_version) of rows to drop from the file of the same name. Its other rows are kept, less
+            those that `rows` have anew. None to keep no row.
 
     Raises:
         OutputRefusedError: the file whose rows are to be kept is not a part file of `predict`.
         StorageError: the file could not be written. The output is as it was.
     """
     url = storage.join(output, part)
-    if keep_others:
+    if replaced is not None:
         _, before = _read_part(output, part, None)
-        others = before.filter(pc.invert(pc.is_in(before["uri"], value_set=rows["uri"].combine_chunks())))
-        rows = pa.concat_tables([others, rows]).sort_by("uri")
+        dropped = {*replaced, *_keys(rows)}
+        others = before.filter(pa.array([key not in dropped for key in _keys(before)], pa.bool_()))
+        rows = pa.concat_tables([others, rows]).sort_by([("uri", "ascending"), ("source_version", "ascending")])
     storage.publish_parquet(url, rows)
+
+
+def _keys(rows: pa.Table) -> Iterator[tuple[str, str]]:
+    return zip(rows["uri"].to_pylist(), rows["source_version"].to_pylist(), strict=True)
 
 
 def list_parts(output: str) -> list[str]:
@@ -63,7 +71,7 @@ def list_parts(output: str) -> list[str]:
     storage.refuse_foreign_output(output, ["part-*.parquet", "_*"])
     names = [name for name in storage.list_names(output) if not name.startswith("_")]
     for name in names:
-        if not (name.startswith("part-") and name.endswith(".parquet")):
+        if not is_part(name):
             raise OutputRefusedError(
                 f"--output must hold predictions or nothing. Received: {provenance.redact(output)}, which holds {name}"
             )
@@ -71,7 +79,11 @@ def list_parts(output: str) -> list[str]:
 
 
 def read_parts(
-    output: str, parts: Iterable[str], columns: Sequence[str] | None = None
+    output: str,
+    parts: Iterable[str],
+    columns: Sequence[str] | None = None,
+    *,
+    on_error: Callable[[OutputRefusedError], object] | None = None,
 ) -> Iterator[tuple[str, pa.Table]]:
     """Read part files, some of them ahead. Yields (name, rows) of each, in order.
 
@@ -79,15 +91,29 @@ def read_parts(
         output: directory of the part files.
         parts: names of the files.
         columns: names of the columns to read; None for all.
+        on_error: is told of each file that is not a part file of `predict`, which is then left out.
 
     Raises:
-        OutputRefusedError: a file is not a part file of `predict`.
+        OutputRefusedError: a file is not a part file of `predict`, and there is no `on_error`.
         StorageError: the storage failed.
     """
+
+    def read(part: str) -> tuple[str, pa.Table | OutputRefusedError]:
+        try:
+            return _read_part(output, part, columns)
+        except OutputRefusedError as error:
+            return part, error
+
     remaining = iter(parts)
     with concurrent.futures.ThreadPoolExecutor(_READERS, thread_name_prefix="catdog-parts") as pool:
         while group := list(itertools.islice(remaining, 4 * _READERS)):
-            yield from pool.map(lambda part: _read_part(output, part, columns), group)
+            for part, found in pool.map(read, group):
+                if not isinstance(found, OutputRefusedError):
+                    yield part, found
+                elif on_error is None:
+                    raise found
+                else:
+                    on_error(found)
 
 
 def _read_part(output: str, part: str, columns: Sequence[str] | None) -> tuple[str, pa.Table]:
@@ -111,11 +137,13 @@ def _read_part(output: str, part: str, columns: Sequence[str] | None) -> tuple[s
         ) from error
 
 
-def spill_keys(path: Path, parts: Iterable[tuple[str, pa.Table]]) -> None:
-    """Write the `KEY_COLUMNS` of part files, and their names as a column `part`, to one local Parquet file."""
-    with pq.ParquetWriter(path, _SPILLED_SCHEMA) as writer:
-        for part, keys in parts:
+def spill_keys(path: Path, parts: Iterable[tuple[str, pa.Table]], columns: Sequence[str] = KEY_COLUMNS) -> None:
+    """Write columns of part files, and the names of the files as a column `part`, to one local Parquet file."""
+    fields = [PREDICTIONS_SCHEMA.field(name).with_nullable(True) for name in columns]
+    spilled_schema = pa.schema([*fields, pa.field("part", pa.string())])
+    with pq.ParquetWriter(path, spilled_schema) as writer:
+        for part, rows in parts:
             # The column is built from buffers, because pa.array imports pandas, which takes half a second.
-            ends = np.arange(len(keys) + 1, dtype=np.int32) * len(part)
-            names = pa.StringArray.from_buffers(len(keys), pa.py_buffer(ends), pa.py_buffer(part.encode() * len(keys)))
-            writer.write_table(pa.Table.from_arrays([*keys.select(KEY_COLUMNS).columns, names], schema=_SPILLED_SCHEMA))
+            ends = np.arange(len(rows) + 1, dtype=np.int32) * len(part)
+            names = pa.StringArray.from_buffers(len(rows), pa.py_buffer(ends), pa.py_buffer(part.encode() * len(rows)))
+            writer.write_table(pa.Table.from_arrays([*rows.select(columns).columns, names], schema=spilled_schema))

@@ -1,6 +1,7 @@
 """A worker: it labels the images of a slice, and publishes their rows. The threads of one process are one worker."""
 
 import collections
+import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,16 +15,22 @@ import pyarrow.compute as pc
 
 from catdog import bundle, storage
 from catdog.config import EngineName
-from catdog.errors import BundleError
-from catdog.inference.plan import Slice
+from catdog.errors import BundleError, ClaimLostError, ImageError, StorageError
+from catdog.inference import trial
+from catdog.inference.plan import CONTENT_VERSION, Slice
 from catdog.inference.publish import publish_part
+from catdog.inference.sources import Root
 from catdog.labelling import PORTION_BYTES, Labelled, Verdict, load_labeller
 from catdog.portions import portions
+from catdog.provenance import redact
 from catdog.schema import PREDICTIONS_SCHEMA
 from catdog.storage import SourceFile
 
 _PUBLISHERS: Final = 4
 """Number of part files that a worker publishes at the same time, while it labels the next slices."""
+
+MAX_UNDER_WAY: Final = 2 * _PUBLISHERS + 2
+"""Largest number of slices that a worker has begun and not yet published."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +46,21 @@ class Job:
     output: str
     """Directory of the part files."""
 
+    claim_url: str
+    """The file that is there as long as the run holds the claim of its output."""
+
+    claim_owner: str
+    """What that file says of its owner. A file of the same name that lies elsewhere, or is of another run, does not."""
+
+    roots: tuple[Root, ...]
+    """The local places of the images."""
+
+    own: tuple[str, ...]
+    """The storages whose failure ends the run (`storage.storage_of`)."""
+
+    is_after_death: bool
+    """Whether the last run in the output died. An image may have killed it."""
+
     run_id: str
     batch_size: int
     """Largest number of images that are read, decoded and scored as one portion."""
@@ -53,6 +75,15 @@ class SliceResult:
 
     part: str
     """Name of the part file that holds the rows of the slice."""
+
+    is_retry: bool
+    """Whether the images had failed in an earlier run."""
+
+    is_published: bool
+    """Whether the worker wrote the part file. It does not if it found nothing new."""
+
+    already_done: int
+    """Number of images of which the worker found what the output holds of them."""
 
     labels: dict[str, int]
     """`cat` or `dog` → number of rows."""
@@ -91,7 +122,9 @@ class Worker:
 
         Raises:
             BundleError: the model cannot be used, or is not the one that the job names.
+            StorageError: this process does not see the output, or the images, that the driver sees.
         """
+        _prove_sight(job)
         model = bundle.load(job.model)
         if model.model_id != job.model_id:
             raise BundleError(f"{model.url} must not change during a run. Received: another {bundle.CARD_NAME}")
@@ -108,34 +141,51 @@ class Worker:
         self._labeller.close()
         self._publishers.shutdown()
 
-    def run(self, slices: Iterable[Slice]) -> Iterator[SliceResult]:
+    def run(self, slices: Iterable[Slice], *, num_suspects: int = 0) -> Iterator[SliceResult]:
         """Label and publish slices. Yields the result of each, in their order.
+
+        Args:
+            slices: the slices.
+            num_suspects: how many of them, from the first, a worker had under way when it died. Their images are tried
+                in a child process before (`catdog.inference.trial`), and those that kill it become rows.
 
         Raises:
             CatdogError: labelling cannot go on. Each slice is published as a whole or not at all.
         """
         parts: collections.deque[Future[SliceResult]] = collections.deque()
-        for piece in slices:
+        for number, piece in enumerate(slices):
+            deadly = {}
+            if number < num_suspects:
+                deadly = trial.deadly(piece.files, self._labeller.bundle.image_size, self._job.own)
             cut = portions(piece.files, lambda file: (1, file.num_bytes), self._job.batch_size, PORTION_BYTES)
-            labelling = [self._submit(files) for files in cut]
+            labelling = [self._submit(files, deadly) for files in cut]
             parts.append(self._publishers.submit(self._publish, piece, labelling))
             while parts and (parts[0].done() or len(parts) > 2 * _PUBLISHERS):
                 yield parts.popleft().result()
         for part in parts:
             yield part.result()
 
-    def _submit(self, files: Sequence[SourceFile]) -> "Future[Labelled]":
-        sizes = [file.num_bytes for file in files]
-        read = partial(storage.read_sources, [file.uri for file in files], sizes)
-        return self._labeller.submit(read, num_bytes=sum(sizes))
+    def _submit(self, files: Sequence[SourceFile], deadly: dict[SourceFile, ImageError]) -> "Future[Labelled]":
+        read = partial(_read, files, deadly, self._job.own)
+        return self._labeller.submit(read, num_bytes=sum(file.num_bytes for file in files))
 
     def _publish(self, piece: Slice, labelling: "Sequence[Future[Labelled]]") -> SliceResult:
         labelled = [future.result() for future in labelling]
         started = time.perf_counter()
-        rows = _rows(self._job, piece.files, [verdict for portion in labelled for verdict in portion.verdicts])
-        publish_part(self._job.output, piece.part, rows, keep_others=piece.is_retry)
+        verdicts = [verdict for portion in labelled for verdict in portion.verdicts]
+        _refuse_lost_roots(self._job, piece.files, verdicts)
+        found = [
+            (file, verdict)
+            for file, verdict, known in zip(piece.files, verdicts, piece.known, strict=True)
+            if verdict.error_code not in known and _version(file, verdict) not in known
+        ]
+        rows = _rows(self._job, found)
+        is_published = self._publish_rows(piece, rows)
         return SliceResult(
             part=piece.part,
+            is_retry=piece.is_retry,
+            is_published=is_published,
+            already_done=len(piece.files) - len(found),
             labels=_tally(rows["label"]),
             errors=_tally(rows["error_code"]),
             needs_review=pc.sum(rows["needs_review"]).as_py() or 0,
@@ -146,20 +196,92 @@ class Worker:
             publish_s=time.perf_counter() - started,
         )
 
+    def _publish_rows(self, piece: Slice, rows: pa.Table) -> bool:
+        """Publish the rows of a slice, if there are any. Whether there are.
+
+        Raises:
+            ClaimLostError: the run no longer holds the claim of its output. A worker that outlives its driver ends so.
+        """
+        if not len(rows):
+            return False
+        if not _is_claim_held(self._job):
+            raise ClaimLostError(
+                "a run must hold the claim of its --output to its end. "
+                f"Received: {redact(self._job.output)} was taken over, or given back"
+            )
+        replaced = [(file.uri, file.version) for file in piece.files] if piece.is_retry else None
+        publish_part(self._job.output, piece.part, rows, replaced=replaced)
+        return True
+
+
+def _read(
+    files: Sequence[SourceFile], deadly: dict[SourceFile, ImageError], own: Sequence[str]
+) -> Iterator[bytes | ImageError]:
+    """The bytes of images, in order, or errors in their place. Those that are deadly are not read."""
+    alive = [file for file in files if file not in deadly]
+    contents = storage.read_sources(
+        [file.uri for file in alive], [file.num_bytes for file in alive], [file.version for file in alive], own=own
+    )
+    for file in files:
+        yield deadly[file] if file in deadly else next(contents)
+
+
+def _is_claim_held(job: Job) -> bool:
+    """Whether the claim's file is there and names the run as its owner."""
+    try:
+        claim = storage.read_json(job.claim_url)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    return isinstance(claim, dict) and claim.get("owner") == job.claim_owner
+
+
+def _prove_sight(job: Job) -> None:
+    """Raise `StorageError` unless this process sees the output and the images that the driver sees."""
+    node = socket.gethostname()
+    if not _is_claim_held(job):
+        raise StorageError(
+            f"every node must see the same --output. Received: {redact(job.claim_url)} is not there on {node}, or is "
+            "another run's"
+        )
+    for root in job.roots:
+        if not root.is_seen():
+            files = " and ".join(root.witnesses)
+            raise StorageError(f"every node must see the same --images. Received: {files} missing on {node}")
+
+
+def _refuse_lost_roots(job: Job, files: Sequence[SourceFile], verdicts: Sequence[Verdict]) -> None:
+    """Raise `StorageError` if a listed file is gone together with the place in which it lay."""
+    for file, verdict in zip(files, verdicts, strict=True):
+        if verdict.error_code == "not_found" and file.version:
+            for root in job.roots:
+                if root.holds(file.uri) and root.is_gone():
+                    raise StorageError(
+                        f"--images must stay where they are during a run. Received: {root.path} is gone or empty on "
+                        f"{socket.gethostname()}"
+                    )
+
+
+def _version(file: SourceFile, verdict: Verdict) -> str:
+    """The `source_version` of an image: what its storage says, else a digest of its bytes, else nothing."""
+    if file.version or verdict.image_id is None:
+        return file.version
+    return CONTENT_VERSION + verdict.image_id[:32]
+
 
 _VERDICT_COLUMNS: Final = tuple(field.name for field in fields(Verdict))
 
 
-def _rows(job: Job, files: Sequence[SourceFile], verdicts: Sequence[Verdict]) -> pa.Table:
+def _rows(job: Job, found: Sequence[tuple[SourceFile, Verdict]]) -> pa.Table:
     """The rows for files and their verdicts, in `PREDICTIONS_SCHEMA` and in the same order."""
     now = datetime.now(UTC)
     rows = []
-    for file, verdict in zip(files, verdicts, strict=True):
+    for file, verdict in found:
         row = {name: getattr(verdict, name) for name in _VERDICT_COLUMNS}
         row["num_bytes"] = file.num_bytes if verdict.num_bytes is None else verdict.num_bytes
         row["status"] = "ok" if verdict.error_code is None else "error"
-        row |= {"uri": file.uri, "source_version": file.version, "model_id": job.model_id, "run_id": job.run_id}
-        rows.append(row | {"predicted_at": now})
+        row |= {"uri": file.uri, "source_version": _version(file, verdict)}
+        row |= {"model_id": job.model_id, "run_id": job.run_id, "predicted_at": now}
+        rows.append(row)
     return pa.Table.from_pylist(rows, schema=PREDICTIONS_SCHEMA)
 
 

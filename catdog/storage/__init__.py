@@ -4,14 +4,19 @@ A URL is a local path, or anything that fsspec opens (`s3://bucket/prefix`, `mem
 named by fsspec's chained URL, `zip://train/cat.1.jpg::s3://bucket/train.zip`. Endpoints and credentials come from the
 usual environment variables: `AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, ...
 
-If one image cannot be read, that is an `ImageError`. If a storage cannot be reached, or keeps failing for some seconds
-of retries, that is a `StorageError`, which names the URL. If a file is missing, `list_images` raises `UsageError`, and
-the functions that read what catdog wrote raise Python's `FileNotFoundError`.
+If one image cannot be read, that is an `ImageError`. If a storage fails, that is a `StorageError`, which names the URL
+and says for how long it was tried. If a file is missing, `list_images` raises `UsageError`, and the functions that read
+what catdog wrote raise Python's `FileNotFoundError`.
+
+What can pass (HTTP status 5xx, throttling, a connection cut or timed out, keys that have expired after they worked) is
+tried again until a storage has given nothing for five minutes. The environment variable `CATDOG_STORAGE_PATIENCE_S`
+says another number of seconds. An address where nobody has listened since the process began ends within seconds. See
+`catdog.storage.outages`.
 """
 
 from catdog.storage.claims import Claim, claimed
 from catdog.storage.filesystems import SourceFile
-from catdog.storage.listing import exists, list_images, list_names
+from catdog.storage.listing import Listing, exists, list_images, list_names
 from catdog.storage.publishing import (
     delete,
     delete_temporaries,
@@ -31,17 +36,19 @@ from catdog.storage.reading import (
     read_sources,
     read_text,
 )
-from catdog.storage.urls import absolute, join
+from catdog.storage.urls import absolute, is_inside, join, storage_of
 
 __all__ = [
     "MAX_BYTES",
     "Claim",
+    "Listing",
     "SourceFile",
     "absolute",
     "claimed",
     "delete",
     "delete_temporaries",
     "exists",
+    "is_inside",
     "join",
     "list_images",
     "list_names",
@@ -57,4 +64,5 @@ __all__ = [
     "read_sources",
     "read_text",
     "refuse_foreign_output",
+    "storage_of",
 ]

@@ -42,7 +42,7 @@ from catdog.storage.filesystems import attempt, filesystem
 from catdog.storage.listing import list_all_names
 from catdog.storage.publishing import delete, publish_bytes
 from catdog.storage.reading import read_bytes
-from catdog.storage.urls import absolute, is_local, join
+from catdog.storage.urls import absolute, is_local, join, local_path
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,12 @@ SETTLE_S: Final = 2.0
 """Seconds after which a store without conditional writes must show the last of several writes."""
 
 _POLL_S: Final = 1.0
+
+_RELEASE_PATIENCE_S: Final = 5.0
+
+_mine: set[str] = set()
+"""The owners of the claims that this process holds, or tries to get."""
+
 _MAX_TRIES: Final = 20
 _NAME: Final = re.compile(r"\.catdog-claim-(\d+)\.json")
 
@@ -110,10 +116,14 @@ class Claim:
             )
 
     def release(self) -> None:
-        """Stop renewing the claim, and remove it."""
+        """Stop renewing the claim, and remove it. If the storage does not let us, the claim expires by itself."""
         self._released.set()
         self._thread.join()
-        delete(self.url)
+        _mine.discard(self._holder.owner)
+        try:
+            delete(self.url, patience_s=_RELEASE_PATIENCE_S)
+        except StorageError as error:
+            logger.warning("The claim of the output could not be removed, and will expire: %s", error)
 
     def _renew(self) -> None:
         while not self._released.wait(HEARTBEAT_S):
@@ -159,6 +169,7 @@ def _make_directories(output: str) -> list[str]:
     if not is_local(output):
         return []
     missing = []
+    output = local_path(output)
     directory = output
     while not os.path.isdir(directory) and os.path.dirname(directory) != directory:
         missing.append(directory)
@@ -179,6 +190,7 @@ def _acquire(output: str, command: str) -> Claim:
         pid=os.getpid(),
         process=_process(os.getpid()),
     )
+    _mine.add(ours.owner)  # before others can see it
     for _ in range(_MAX_TRIES):
         numbers = _numbers(output)
         if numbers and (holder := _living_holder(output, numbers[-1])) is not None:
@@ -205,6 +217,8 @@ def _living_holder(output: str, number: int) -> Holder | None:
     first = _read(url)
     if first is None:
         return None
+    if first.process == _process(os.getpid()) and first.owner not in _mine:
+        return None  # this process could not remove it
     if first.process and _same_namespace(first.process):
         return first if _process(first.pid) == first.process else None
     logger.info("The output is held by %s; looking for a sign of life for up to %.0f s", first, EXPIRY_S)
@@ -222,7 +236,7 @@ def _create(url: str, holder: Holder) -> bool:
     """Create a claim's file; whether it is ours in the end."""
     data = _encoded(holder)
     if is_local(url):
-        return _create_local(url, data)
+        return _create_local(local_path(url), data)
 
     def put() -> bool:
         fs, path = filesystem(url)

@@ -3,7 +3,9 @@
 import datetime
 import errno
 import io
-import random
+import itertools
+import logging
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,19 +16,12 @@ import fsspec.core
 
 from catdog.errors import StorageError, UsageError
 from catdog.provenance import redact
-from catdog.storage import s3
-from catdog.storage.urls import is_local
+from catdog.storage import outages, s3
+from catdog.storage.urls import is_local, local_path
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-MAX_CONNECTIONS: Final = 32
-"""Requests in flight to remote storages, per process and per call that reads or looks up many files."""
-
-_WAITS_S: Final = (0.2, 0.4, 0.8, 1.6, 3.2)
-"""Pauses between attempts, before jitter. A storage that refuses connections is given up after some five seconds."""
-
-_PATIENCE_S: Final = 20.0
-"""No attempt begins later than this after the first, so that a storage that times out is not tried six times."""
 
 _BLOCK_BYTES: Final = 4 * 2**20
 _BLOCKS_PER_HANDLE: Final = 8
@@ -47,6 +42,16 @@ _PASSING_CLIENT_ERRORS: Final = (
     ("aiohttp", "ClientError"),
 )
 """(module, name) of those client errors that can pass."""
+
+_UNREACHABLE_ERRORS: Final = (
+    ("botocore.exceptions", "EndpointConnectionError"),
+    ("botocore.exceptions", "ConnectTimeoutError"),
+    ("aiohttp", "ClientConnectorError"),
+)
+"""(module, name) of those client errors that say that nobody listens."""
+
+_PASSING_STATUSES: Final = {408, 425, 429}
+"""HTTP statuses below 500 of errors that can pass."""
 
 _PASSING_ERRNOS: Final = s3.PASSING_ERRNOS | {
     errno.EAGAIN,
@@ -72,8 +77,11 @@ class SourceFile:
     """A file as it was when it was listed.
 
     Attributes:
-        uri: absolute local path, or URL with its scheme; of an archive member `zip://member::archive-uri`.
-        version: ETag, or "size-mtime_ns"; of an archive member "crc32hex-size"; "" if there was no such file.
+        uri: absolute local path, or URL with its scheme; of an archive member `zip://member::archive-uri`. A local path
+            that is not UTF-8 is `file:///caf%E9.jpg`; `os.fsdecode(urllib.parse.unquote_to_bytes(...))` of what follows
+            `file://` is the path.
+        version: ETag, or "size-mtime_ns"; of an archive member "crc32hex-size"; "" if there is no evidence by which to
+            tell whether the file is the same later: the storage gives neither ETag nor time, or there was no file.
         num_bytes: size; of an archive member the decompressed size; 0 if the storage does not tell.
     """
 
@@ -93,7 +101,7 @@ def filesystem(url: str, *, fresh: bool = False) -> tuple[Any, str]:
         UsageError: fsspec knows no such protocol, or the protocol's package is not installed.
     """
     try:
-        fs, path = s3.url_to_fs(url, MAX_CONNECTIONS) if s3.is_s3_url(url) else fsspec.core.url_to_fs(url)
+        fs, path = s3.url_to_fs(url, outages.MAX_CONNECTIONS) if s3.is_s3_url(url) else fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
         raise UsageError(f"A URL must be one that fsspec opens: {describe(error)}. Received: {redact(url)}") from error
     if fresh:
@@ -101,24 +109,51 @@ def filesystem(url: str, *, fresh: bool = False) -> tuple[Any, str]:
     return fs, path
 
 
-def attempt(url: str, action: Callable[[], T]) -> T:
+def attempt(url: str, action: Callable[[], T], *, patience_s: float | None = None) -> T:
     """Call `action` and return its result. While it fails with an error that can pass, wait and call it again.
+
+    `catdog.storage.outages` says for how long.
+
+    Args:
+        url: what the action is about.
+        action: what to do. Where it asks the storage, it may be called by many threads at once.
+        patience_s: give up after so many seconds, if that is sooner.
 
     Raises:
         FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError: the error is about this one file.
         StorageError: the storage failed in any other way.
     """
+    patience = min(outages.patience_s(), outages.patience_s() if patience_s is None else patience_s)
+    storage = outages.known(url)
     started = time.monotonic()
-    for wait_s in (*_WAITS_S, None):
+    for num_tries in itertools.count():
         try:
-            return action()
+            with storage.slot(started) as begun:
+                if begun is None:
+                    raise StorageError(f"{redact(url)}: the storage failed: {storage.failure or 'nobody waits for it'}")
+                result = action()
         except _failures() as error:
             if (about_one_file := _about_one_file(error)) is not None:
+                storage.succeeded()
                 raise about_one_file from error
-            if wait_s is None or not _can_pass(error) or time.monotonic() - started > _PATIENCE_S:
-                raise StorageError(f"{redact(url)}: the storage failed: {describe(error)}") from error
-        time.sleep(wait_s * random.uniform(0.5, 1.0))
-    raise AssertionError("unreachable")
+            failure = error
+        else:
+            storage.succeeded()
+            return result
+        words = describe(failure)
+        is_unreachable = isinstance(failure, (ConnectionRefusedError, socket.gaierror, *_loaded(_UNREACHABLE_ERRORS)))
+        can_pass = is_unreachable or _can_pass(failure) or (storage.has_succeeded and s3.is_expired(failure))
+        if not can_pass or begun is None:
+            storage.answered()
+            raise StorageError(f"{redact(url)}: the storage failed: {words}") from failure
+        storage.failed(url, words, begun, is_unreachable=is_unreachable)
+        if num_tries == 0 and storage.name:
+            logger.info("%s: %s; trying again", redact(url), words)
+        storage.pause(num_tries, started, patience)
+        tried_s = storage.tried_s(started, patience, is_unreachable=is_unreachable)
+        if tried_s is not None:
+            raise StorageError(f"{redact(url)}: the storage failed for {tried_s:.0f} s: {words}") from failure
+    raise AssertionError("the loop above has no end")
 
 
 def require(url: str, action: Callable[[], T]) -> T:
@@ -161,28 +196,55 @@ def _about_one_file(error: Exception) -> OSError | None:
 
 
 def _can_pass(error: Exception) -> bool:
+    if (says := s3.can_pass(error)) is not None:
+        return says
+    if isinstance(status := getattr(error, "status", None), int) and status:  # of an HTTP server
+        return status >= 500 or status in _PASSING_STATUSES
     if isinstance(error, (TimeoutError, ConnectionError, *_loaded(_PASSING_CLIENT_ERRORS))):
         return True
     return isinstance(error, OSError) and error.errno in _PASSING_ERRNOS
 
 
+def info(url: str, *, fresh: bool = False) -> Mapping[str, Any]:
+    """fsspec's description of a remote file or directory: its type, its size, and more that depends on the storage."""
+    fs, path = filesystem(url, fresh=fresh)
+    try:
+        try:
+            found: Mapping[str, Any] = fs.info(path)
+        except PermissionError:
+            if not s3.is_s3(fs):
+                raise
+            s3.explain_denial(fs, path)
+            found = fs.info(path)  # our keys may have been renewed meanwhile
+    except FileNotFoundError as error:
+        # fsspec says so of a web server, whatever was the matter.
+        if not s3.is_s3(fs) and isinstance(error.__cause__, _loaded(_CLIENT_ERRORS)):
+            raise error.__cause__ from None
+        raise
+    return found
+
+
 def version_of(info: Mapping[str, Any]) -> str:
-    """A file's version, from fsspec's or S3's description of the file: its ETag, else its size and time of change."""
-    for key in ("ETag", "etag", "md5Hash"):
+    """A file's version, from fsspec's or S3's description of the file: its ETag, else its size and time of change.
+
+    Without either, "": a size alone is no evidence that a file is the same.
+    """
+    for key in ("ETag", "etag", "md5Hash", "Content-MD5"):
         if info.get(key):
             return str(info[key]).strip('"')
-    for key in ("mtime", "LastModified", "last_modified", "updated", "modified", "created"):
+    for key in ("mtime", "LastModified", "Last-Modified", "last_modified", "updated", "modified", "created"):
         if changed := info.get(key):
             if isinstance(changed, datetime.datetime):
                 changed = changed.timestamp()
-            return f"{info['size']}-{int(changed * 1e9) if isinstance(changed, float) else changed}"
-    return str(info["size"])
+            size = info.get("size", info.get("Size"))
+            return f"{'' if size is None else size}-{int(changed * 1e9) if isinstance(changed, float) else changed}"
+    return ""
 
 
 def open_handle(url: str) -> IO[bytes]:
     """A seekable binary file. A remote file is fetched in blocks as it is read. For one thread at a time."""
     if is_local(url):
-        return open(url, "rb")
+        return open(local_path(url), "rb")
     fs, path = filesystem(url)
     if "memory" in fs.protocol:  # its `open` gives every caller the same file object
         return io.BytesIO(fs.cat_file(path))

@@ -11,15 +11,17 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, Final
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from catdog.errors import OutputRefusedError, StorageError
 from catdog.provenance import redact
+from catdog.storage import s3
 from catdog.storage.filesystems import OBJECT_STORES, attempt, describe, filesystem
 from catdog.storage.listing import list_all_names, list_names
 from catdog.storage.reading import read_json
-from catdog.storage.urls import absolute, is_local, join
+from catdog.storage.urls import absolute, is_local, join, local_path
 
 _TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
@@ -55,21 +57,40 @@ def publish_parquet(url: str, table: pa.Table, *, row_group_rows: int | None = N
     publish_bytes(url, buffer.getvalue())
 
 
-def delete(url: str) -> None:
-    """Remove a file or a directory that the caller itself wrote. If there is none, nothing happens."""
+def delete(url: str, *, patience_s: float | None = None) -> None:
+    """Remove a file or a directory that the caller itself wrote. If there is none, nothing happens.
+
+    A URL is a name and never a pattern: `run[1]` is not `run1`. If an object and a prefix have this name, both go.
+    `patience_s` is that of `attempt`.
+    """
     url = absolute(url)
 
     def remove() -> None:
         if not is_local(url):
             fs, path = filesystem(url, fresh=True)
-            fs.rm(path, recursive=True)
-        elif os.path.isdir(url) and not os.path.islink(url):
-            shutil.rmtree(url)
+            if s3.is_s3(fs):
+                s3.delete(fs, url)
+            else:
+                _remove(fs, path, fs.info(path)["type"])
+        elif os.path.isdir(path := local_path(url)) and not os.path.islink(path):
+            shutil.rmtree(path)
         else:
-            os.remove(url)
+            os.remove(path)
 
     with _writing(url), contextlib.suppress(FileNotFoundError):
-        attempt(url, remove)
+        attempt(url, remove, patience_s=patience_s)
+
+
+def _remove(fs: Any, path: str, kind: str) -> None:
+    """Remove a file, or a directory with all that is in it. No name is a pattern, as it would be for `fs.rm`."""
+    if kind != "directory":
+        fs.rm_file(path)
+        return
+    for entry in fs.ls(path, detail=True):
+        _remove(fs, entry["name"], entry["type"])
+    # A store of objects has no directories, or loses them with their last file.
+    with contextlib.suppress(FileNotFoundError, NotImplementedError):
+        fs.rmdir(path)
 
 
 def delete_temporaries(url: str) -> None:
@@ -94,7 +115,7 @@ def refuse_foreign_output(url: str, markers: Sequence[str], *, says: Mapping[str
         OutputRefusedError: none of the files is the command's, or the output is itself a file.
     """
     url = absolute(url)
-    if is_local(url) and os.path.isfile(url):
+    if is_local(url) and os.path.isfile(local_path(url)):
         raise OutputRefusedError(f"--output must be a directory. Received: --output={redact(url)}, which is a file")
     names = list_names(url)
     ours = [name for name in names if any(fnmatch.fnmatchcase(name, marker) for marker in markers)]
@@ -119,7 +140,7 @@ def _publish(url: str, write: Callable[[IO[bytes]], Any], put: Callable[[Any, st
     url = absolute(url)
     with _writing(url):
         if is_local(url):
-            attempt(url, lambda: _publish_local(url, write))
+            attempt(url, lambda: _publish_local(local_path(url), write))
         else:
             attempt(url, lambda: _publish_remote(url, put))
 
@@ -156,7 +177,11 @@ def _publish_by_rename(fs: Any, path: str, put: Callable[[Any, str], Any]) -> No
     fs.makedirs(directory, exist_ok=True)
     try:
         put(fs, temporary)
-        fs.mv(temporary, path)
+        if type(fs).mv is fsspec.AbstractFileSystem.mv:  # it copies, and takes the names for globs
+            fs.cp_file(temporary, path)
+            fs.rm_file(temporary)
+        else:
+            fs.mv(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             fs.rm_file(temporary)

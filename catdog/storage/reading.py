@@ -4,21 +4,25 @@ import collections
 import concurrent.futures
 import contextlib
 import errno
+import functools
 import io
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Collection, Iterator, Sequence
 from typing import IO, Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from catdog.errors import ImageError, UsageError
-from catdog.storage import s3
+from catdog.errors import ImageError, StorageError, UsageError
+from catdog.provenance import redact
+from catdog.storage import outages, s3
 from catdog.storage.archives import read_member
-from catdog.storage.filesystems import MAX_CONNECTIONS, attempt, describe, filesystem, open_handle, require
-from catdog.storage.urls import absolute, is_local, split_member
+from catdog.storage.filesystems import attempt, describe, filesystem, info, open_handle, require
+from catdog.storage.outages import MAX_CONNECTIONS
+from catdog.storage.urls import absolute, is_local, local_path, split_member, storage_of
 
 MAX_BYTES: Final = 128 * 2**20
 """Size of the largest image file that is read."""
@@ -34,12 +38,17 @@ _GUESSED_BYTES: Final = _AHEAD_BYTES // MAX_CONNECTIONS
 """What a file of unknown size counts as: 1 MiB, so that each connection has a file to read."""
 
 
-def read_source(uri: str, expected_bytes: int | None = None) -> bytes:
+def read_source(
+    uri: str, expected_bytes: int | None = None, version: str | None = None, *, patience_s: float | None = None
+) -> bytes:
     """The bytes of one image: a file or a member of an archive. Thread-safe.
 
     Args:
         uri: as in `SourceFile.uri`.
         expected_bytes: the file's size when it was listed. Without it, a remote storage is asked for the size first.
+        version: as in `SourceFile.version`. If an archive has several members of this name, it says which one is meant;
+            without it, that is the last one. Otherwise it has no effect.
+        patience_s: for how many seconds a storage that fails is tried again, if that is shorter than usual.
 
     Raises:
         ImageError: not_found, permission_denied, too_large or empty_file; for a member of an archive also truncated,
@@ -49,12 +58,13 @@ def read_source(uri: str, expected_bytes: int | None = None) -> bytes:
     try:
         if expected_bytes is not None:
             _check_size(expected_bytes)
+        uri = absolute(uri) if uri.startswith("file:") else uri
         if (chained := split_member(uri)) is not None:
-            data = read_member(chained[1], chained[0], MAX_BYTES)
+            data = read_member(chained[1], chained[0], MAX_BYTES, version=version, patience_s=patience_s)
         elif is_local(uri):
-            data = attempt(uri, lambda: _read_local(uri))
+            data = attempt(uri, lambda: _read_local(local_path(uri)))
         else:
-            data = attempt(uri, lambda: _read_remote(uri, expected_bytes))
+            data = attempt(uri, lambda: _read_remote(uri, expected_bytes), patience_s=patience_s)
     except PermissionError as error:
         raise ImageError("permission_denied", describe(error)) from error
     # A manifest may name something that is no file: that raises UsageError or ValueError.
@@ -66,7 +76,11 @@ def read_source(uri: str, expected_bytes: int | None = None) -> bytes:
 
 
 def read_sources(
-    uris: Sequence[str], expected_bytes: Sequence[int | None] | None = None
+    uris: Sequence[str],
+    expected_bytes: Sequence[int | None] | None = None,
+    versions: Sequence[str | None] | None = None,
+    *,
+    own: Collection[str] | None = None,
 ) -> Iterator[bytes | ImageError]:
     """The bytes of many images, in order. In the place of an image that cannot be read comes its `ImageError`.
 
@@ -75,36 +89,61 @@ def read_sources(
     Args:
         uris: as in `SourceFile.uri`.
         expected_bytes: the files' sizes when they were listed; None or 0 for an unknown size.
+        versions: as in `SourceFile.version`; see `read_source`.
+        own: what `storage_of` says of the job's own storages; None if every storage is the job's own. If another
+            storage fails for 20 s, its images get the `ImageError` unreachable, and this process does not ask it again
+            for five minutes. Images on this machine are always the job's own.
 
     Raises:
-        StorageError: the storage failed.
+        StorageError: the job's own storage failed.
     """
     sizes = [None] * len(uris) if expected_bytes is None else expected_bytes
-    if all(is_local(uri.rpartition("::")[2]) for uri in uris):
-        yield from map(_read_or_error, uris, sizes)
+    told = [None] * len(uris) if versions is None else versions
+    own = None if own is None else frozenset(own)
+    if all(storage_of(uri) == "" for uri in uris):
+        yield from map(functools.partial(_read_or_error, own=own), uris, sizes, told)
         return
     pending: collections.deque[concurrent.futures.Future[bytes | ImageError]] = collections.deque()
     pending_bytes: collections.deque[int] = collections.deque()
+    stop = threading.Event()
     pool = concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS, thread_name_prefix="catdog-read")
+
+    def read(uri: str, size: int | None, version: str | None) -> bytes | ImageError:
+        with outages.stoppable(stop):
+            return _read_or_error(uri, size, version, own=own)
+
     try:
-        for uri, size in zip(uris, sizes, strict=True):
+        for uri, size, version in zip(uris, sizes, told, strict=True):
             num_bytes = size or _GUESSED_BYTES
             while pending and (len(pending) == _AHEAD_FILES or sum(pending_bytes) + num_bytes > _AHEAD_BYTES):
                 pending_bytes.popleft()
                 yield pending.popleft().result()
-            pending.append(pool.submit(_read_or_error, uri, size))
+            pending.append(pool.submit(read, uri, size, version))
             pending_bytes.append(num_bytes)
         while pending:
             yield pending.popleft().result()
     finally:
+        stop.set()
         pool.shutdown(cancel_futures=True)
 
 
-def _read_or_error(uri: str, expected_bytes: int | None) -> bytes | ImageError:
+def _read_or_error(
+    uri: str, expected_bytes: int | None, version: str | None, *, own: frozenset[str] | None
+) -> bytes | ImageError:
+    is_own = own is None or (name := storage_of(uri)) == "" or name in own
     try:
-        return read_source(uri, expected_bytes)
+        if is_own:
+            return read_source(uri, expected_bytes, version)
+        storage = outages.known(uri)
+        if storage.is_given_up:
+            return ImageError("unreachable", f"{redact(storage.name)} was given up: it kept failing")
+        return read_source(uri, expected_bytes, version, patience_s=outages.FOREIGN_PATIENCE_S)
     except ImageError as error:
         return error
+    except StorageError as error:
+        if is_own:
+            raise
+        return ImageError("unreachable", str(error))
 
 
 def _read_local(path: str) -> bytes:
@@ -117,14 +156,13 @@ def _read_local(path: str) -> bytes:
 
 def _read_remote(uri: str, expected_bytes: int | None) -> bytes:
     if expected_bytes is None:
-        fs, path = filesystem(uri)
-        _check_size(fs.info(path)["size"] or 0)
+        _check_size(info(uri)["size"] or 0)
     return _read_whole(uri)
 
 
 def _read_whole(url: str) -> bytes:
     if is_local(url):
-        with open(url, "rb") as file:
+        with open(local_path(url), "rb") as file:
             return file.read()
     fs, path = filesystem(url)
     data: bytes = s3.read(fs, path) if s3.is_s3(fs) else fs.cat_file(path)

@@ -36,6 +36,20 @@ _ONE_OBJECT_CODES: Final = {"", "NoSuchKey", "NoSuchVersion", "404", "AccessDeni
 _ALREADY_THERE_CODES: Final = {"PreconditionFailed", "412"}
 _NO_CONDITIONS_CODES: Final = {"NotImplemented", "501"}
 
+_PASSING_CODES: Final = {
+    "RequestTimeout",
+    "RequestTimeoutException",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequests",
+    "OperationAborted",
+    "ConditionalRequestConflict",
+}
+"""Error codes that pass, whatever their HTTP status is. Of the other codes, those with status 408, 429 and 5xx pass."""
+
+_EXPIRED_CODES: Final = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
+
 PASSING_ERRNOS: Final = {getattr(errno, "EREMOTEIO", errno.EIO), errno.EBUSY, errno.EIO}
 """Errors that can pass. s3fs turns HTTP status 5xx into EREMOTEIO, throttling into EBUSY, unknown codes into EIO."""
 
@@ -116,10 +130,53 @@ def list_page(fs: Any, prefix: str, token: str | None, *, flat: bool) -> Page:
     return Page(objects, answer["NextContinuationToken"] if answer.get("IsTruncated") else None)
 
 
+def explain_denial(fs: Any, path: str) -> None:
+    """Raise what S3 says about our keys, if it denies them altogether.
+
+    The answer to a question for a description has no body, and does not say why it denies: the object may be denied, or
+    our keys may have expired.
+    """
+    try:
+        list_page(fs, f"s3://{path}", None, flat=True)
+    except PermissionError as error:
+        if not is_about_one_object(error):
+            raise
+
+
 def read(fs: Any, path: str) -> bytes:
     """A whole object, in one request. Unless it may read one part at a time only, s3fs asks for the size first."""
     data: bytes = fs.cat_file(path, max_concurrency=1)
     return data
+
+
+def read_range(fs: Any, path: str, start: int, stop: int) -> bytes:
+    """Bytes `start` to `stop` of an object, in one request."""
+    data: bytes = fs.cat_file(path, start=start, end=stop, max_concurrency=1)
+    return data
+
+
+def delete(fs: Any, url: str) -> None:
+    """Remove the object with this URL, if there is one, and all objects under it. Nothing in the URL is a pattern.
+
+    `fs.rm` is documented, but takes a name with brackets for a glob.
+    """
+    bucket, _, key = url.partition("://")[2].rstrip("/").partition("/")
+    if not key:
+        raise ValueError(f"a bucket is never deleted. Received: {url}")
+    token = None
+    while True:
+        page = list_page(fs, url.rstrip("/") + "/", token, flat=False)
+        if page.objects:
+            keys = [{"Key": item["Key"]} for _, item in page.objects]
+            answer = fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+            if errors := answer.get("Errors"):
+                code, message = errors[0].get("Code"), errors[0].get("Message", "?")
+                raise (
+                    PermissionError(errno.EACCES, message) if code == "AccessDenied" else OSError(errno.EIO, message)
+                )
+        if (token := page.next_token) is None:
+            break
+    fs.call_s3("delete_object", Bucket=bucket, Key=key)
 
 
 def create(fs: Any, path: str, data: bytes) -> bool:
@@ -146,7 +203,29 @@ def is_about_one_object(error: OSError) -> bool:
     return _code_of(error) in _ONE_OBJECT_CODES
 
 
-def _code_of(error: OSError) -> str:
+def can_pass(error: Exception) -> bool | None:
+    """Whether an answer of S3 that says "error" can be another one soon; None if the error does not come from S3."""
+    response = getattr(error.__cause__, "response", None) or {}
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    code = _code_of(error)
+    if code in _PASSING_CODES:
+        return True
+    if not isinstance(status, int):
+        return None
+    return code not in _NO_CONDITIONS_CODES and (status >= 500 or status in (408, 429))
+
+
+def is_expired(error: Exception) -> bool:
+    """Whether S3 says that our keys have expired. If they worked before, somebody may be about to renew them."""
+    return _code_of(error) in _EXPIRED_CODES
+
+
+def is_invalid_range(error: Exception) -> bool:
+    """Whether S3 says that an object ends before the bytes that were asked for."""
+    return _code_of(error) in ("InvalidRange", "416")
+
+
+def _code_of(error: Exception) -> str:
     """S3's error code; empty where the error does not come from S3."""
     response = getattr(error.__cause__, "response", None) or {}
     return str(response.get("Error", {}).get("Code", ""))

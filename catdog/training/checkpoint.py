@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from catdog import storage
-from catdog.errors import TrainingError
+from catdog.errors import ClaimLostError, TrainingError
+from catdog.provenance import redact
 from catdog.training.history import HistoryRow
 
 logger = logging.getLogger(__name__)
@@ -78,14 +79,41 @@ def save(output: str, checkpoint: Checkpoint) -> None:
             storage.delete(storage.join(directory, other))
 
 
+def check_claim(url: str) -> None:
+    """Check that the run still holds its output, before anything is written there.
+
+    Args:
+        url: the file that is there as long as the claim is held.
+
+    Raises:
+        ClaimLostError: another run has taken over the output.
+    """
+    if not storage.exists(url):
+        raise ClaimLostError(
+            f"a training must hold the claim of its --output to its end. Received: {redact(url)} is gone"
+        )
+
+
 def load_latest(output: str) -> Checkpoint | None:
-    """The newest checkpoint that is whole, or None."""
-    for step, name in _names(output):
+    """The newest checkpoint that is whole; None if there is none at all.
+
+    Raises:
+        TrainingError: there are some, and all of them are damaged. To begin anew is for a person to decide.
+    """
+    found = _names(output)
+    for step, name in found:
         checkpoint = _load(storage.join(output, DIRECTORY, name))
         if checkpoint is not None:
             return checkpoint
-        logger.warning("The checkpoint of step %d is damaged; taking the one before it", step)
-    return None
+        logger.warning("The checkpoint of step %d is damaged; looking for one before it", step)
+    if not found:
+        return None
+    directory = redact(storage.join(output, DIRECTORY))
+    steps = ", ".join(str(step) for step, _ in found)
+    raise TrainingError(
+        f"a training goes on from a checkpoint that is whole; delete {directory} to begin anew. "
+        f"Received: only damaged checkpoints, of step {steps}"
+    )
 
 
 def latest_step(output: str) -> int:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from catdog.errors import CatdogError
+from catdog.errors import CatdogError, StorageError
 from catdog.training.decoding import Batch, Source, decode_here
 from catdog.training.prefetch import prefetched
 
@@ -186,7 +186,10 @@ class Feed:
             index, task = pending.popleft()
             if ray.wait([task], timeout=self._patience_s)[0]:
                 self._patience_s = PATIENCE_S
-                yield _checked(ray.get(task))
+                batch = ray.get(task)
+                if isinstance(batch, StorageError):  # it may have passed, and in memory it would stay for ever
+                    batch = decode_here(self._source.chunks[index], self._source.image_size)
+                yield _checked(batch)
                 continue
             if self._source.decoded is None:
                 ray.cancel(task)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import tempfile
 import time
 import uuid
 from collections.abc import Sequence
@@ -13,8 +12,8 @@ from typing import Final
 import ray
 import ray.train
 
-from catdog import architectures, bundle, provenance, ray_internals, storage
-from catdog.errors import CatdogError, TrainingError
+from catdog import architectures, bundle, provenance, ray_internals, scratch, storage
+from catdog.errors import CatdogError, StorageError, TrainingError
 from catdog.training import checkpoint, decoding, progress
 from catdog.training.loop import Briefing, train_loop
 from catdog.training.observers import ObserverFactory
@@ -31,7 +30,11 @@ RESIZE_INTERVAL_S: Final = 60.0
 """How often a training with fewer workers than asked for looks for room for more of them."""
 
 
-def run(request: Request, *, in_memory: bool | None, observers: Sequence[ObserverFactory]) -> None:
+PAUSES_S: Final = (5.0, 20.0, 60.0)
+"""How long to wait before the first, the second and every later restart in a row after a storage has failed."""
+
+
+def run(request: Request, *, in_memory: bool | None, observers: Sequence[ObserverFactory]) -> int:
     """Have a group of workers train, until the output holds the model.
 
     Args:
@@ -39,7 +42,11 @@ def run(request: Request, *, in_memory: bool | None, observers: Sequence[Observe
         in_memory: hold the decoded images in the object store, or stream them; None: whatever fits.
         observers: what watches every worker.
 
+    Returns:
+        The number of steps that were done again.
+
     Raises:
+        StorageError: a storage kept failing.
         TrainingError: the workers kept failing, or the cluster cannot hold them.
     """
     config, info = request.config, request.info
@@ -47,12 +54,14 @@ def run(request: Request, *, in_memory: bool | None, observers: Sequence[Observe
     if config.weights == "none" and architectures.architecture(config.arch).has_backbone:
         logger.warning("%s is made to be fine-tuned: from random weights it learns badly", config.arch)
     train, val = decoding.sources(info, config.image_size, in_memory=in_memory)
-    with progress.followed() as queue, tempfile.TemporaryDirectory() as scratch:
+    tally = progress.Tally()
+    with progress.followed(tally) as queue, scratch.directory("train") as bookkeeping:
         briefing = Briefing(
             config=config,
             steps_per_epoch=info.num_images("train") // config.batch_size,
             train=train,
             val=val,
+            claim_url=request.claim.url,
             weights=None if request.weights is None else ray.put(request.weights),
             card={
                 "data_digest": info.digest,
@@ -62,15 +71,16 @@ def run(request: Request, *, in_memory: bool | None, observers: Sequence[Observe
             observers=tuple(observers),
             chief_observers=(Recorder, functools.partial(Teller, queue)),
         )
-        _run_until_done(briefing, scratch)
+        _run_until_done(briefing, bookkeeping)
+    return tally.num_repeated_steps
 
 
-def _run_until_done(briefing: Briefing, scratch: str) -> None:
+def _run_until_done(briefing: Briefing, bookkeeping: str) -> None:
     """Run the workers, and when they fail run them again from the last checkpoint, as long as that leads any further.
 
     Args:
         briefing: what every worker is told.
-        scratch: a local directory.
+        bookkeeping: a local directory, for Ray Train.
     """
     config = briefing.config
     num_workers = config.num_workers
@@ -89,7 +99,7 @@ def _run_until_done(briefing: Briefing, scratch: str) -> None:
             # over the whole training: it keeps only its bookkeeping here.
             run_config=ray.train.RunConfig(
                 name=f"catdog-{uuid.uuid4().hex[:8]}",
-                storage_path=scratch,
+                storage_path=bookkeeping,
                 failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
             ),
         )
@@ -102,18 +112,46 @@ def _run_until_done(briefing: Briefing, scratch: str) -> None:
                 "Received: it died"
             ) from error
         except ray.train.TrainingFailedError as error:
-            if (ours := _own_error(error)) is not None:
-                raise ours from error  # a restart would end in the same error
-            if storage.exists(storage.join(config.output, bundle.CARD_NAME)):
+            failure = _own_error(error)
+            if failure is not None and not isinstance(failure, StorageError):
+                raise failure from error  # a restart would end in the same error
+            is_done, step = _state_of(config.output, reached)
+            if is_done:
                 return  # the workers failed when they were done
-            failure = TrainingError(f"the training workers must finish. Received: {_text(error)}")
-            step = checkpoint.latest_step(config.output)
+            if failure is None and ray_internals.is_out_of_memory(error):
+                failure = _out_of_memory(config)
+                if step == reached:
+                    raise failure from error  # a restart would need as much
+            failure = failure or TrainingError(f"the training workers must finish. Received: {_text(error)}")
             num_failures, reached = (num_failures + 1 if step == reached else 1), step
             if num_failures > config.max_failures:
                 raise failure from error
             logger.warning("%s. Going on from the last checkpoint (restart %d)", failure, num_failures)
+            if isinstance(failure, StorageError):
+                time.sleep(PAUSES_S[min(num_failures, len(PAUSES_S)) - 1])
         else:
             return
+
+
+def _state_of(output: str, reached: int) -> tuple[bool, int]:
+    """Whether the output holds the model, and the step of its newest checkpoint.
+
+    Args:
+        output: of the training.
+        reached: the step to return where the storage does not answer.
+    """
+    try:
+        return storage.exists(storage.join(output, bundle.CARD_NAME)), checkpoint.latest_step(output)
+    except StorageError:
+        return False, reached
+
+
+def _out_of_memory(config: ResolvedTrainConfig) -> TrainingError:
+    return TrainingError(
+        "the training workers must fit in the memory of their nodes; lower --batch-size, --image-size or "
+        f"--num-workers. Received: memory ran out with --batch-size={config.batch_size} "
+        f"--image-size={config.image_size} --num-workers={config.num_workers}"
+    )
 
 
 def check_resources(config: ResolvedTrainConfig) -> None:
@@ -155,12 +193,13 @@ def _resources_per_worker(config: ResolvedTrainConfig) -> dict[str, int]:
 
 
 def _own_error(error: Exception) -> CatdogError | None:
-    """The catdog error that a worker raised, if one did. The other workers then failed because of it."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        for cause in ray_internals.causes(failure):
-            if isinstance(cause, CatdogError):
-                return cause
-    return None
+    """The catdog error that a worker raised, if one did: rather one that will come again than a storage's.
+
+    The other workers then failed because of it.
+    """
+    failures = getattr(error, "worker_failures", {}).values()
+    ours = [cause for each in failures for cause in ray_internals.causes(each) if isinstance(cause, CatdogError)]
+    return min(ours, key=lambda cause: isinstance(cause, StorageError), default=None)
 
 
 def _text(error: Exception) -> str:

@@ -17,6 +17,7 @@ import ray.train
 
 from catdog import architectures, hardware, storage
 from catdog.errors import TrainingError, UsageError
+from catdog.provenance import redact
 from catdog.training import checkpoint, schedule
 from catdog.training.checkpoint import Checkpoint
 from catdog.training.decoding import Source
@@ -42,6 +43,9 @@ class Briefing:
     steps_per_epoch: int
     train: Source
     val: Source
+    claim_url: str
+    """The file that is there as long as the driver holds the output."""
+
     weights: ray.ObjectRef[Any] | None
     """The file of the backbone's pretrained weights."""
 
@@ -95,7 +99,7 @@ def _check_output(output: str) -> None:
     if not storage.exists(storage.join(output, checkpoint.CONFIG_NAME)):
         raise UsageError(
             "--output must be where every node of the cluster finds it: a shared directory, or object storage. "
-            f"Received: --output={output}, and no {checkpoint.CONFIG_NAME} there on {socket.gethostname()}"
+            f"Received: --output={redact(output)}, and no {checkpoint.CONFIG_NAME} there on {socket.gethostname()}"
         )
     checkpoint.delete_temporaries(output)
 
@@ -140,6 +144,7 @@ class _Worker:
         validation = self._validation or self._validate()
         self._observers.finishing()
         if self._is_chief:
+            checkpoint.check_claim(self._briefing.claim_url)
             save_bundle(self._config, self._learner, self._history, validation, self._briefing.card)
         ray.train.report({"epochs_done": len(self._history)})
 
@@ -270,6 +275,7 @@ class _Worker:
         return Checkpoint(step=step, history=self._history, sums=sums, precision=self._learner.precision, arrays=arrays)
 
     def _publish(self, state: Checkpoint) -> None:
+        checkpoint.check_claim(self._briefing.claim_url)
         self._observers.saving(state.step)
         checkpoint.save(self._config.output, state)
         self._observers.saved(state.step)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
+import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from catdog import storage
+from catdog import scratch, storage
 from catdog.errors import StorageError
 from catdog.training.history import HistoryRow, history_files
 from catdog.training.observers import Observer, Tick, WorkerInfo
@@ -31,7 +31,8 @@ class Recorder(Observer):
         self._num_published = 0
         """Epochs in the history that was published last."""
 
-        self._local = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        self._closing = contextlib.ExitStack()
+        self._local = self._closing.enter_context(scratch.directory("recorder"))
         self._writer: Any = None
         self._uploads = Background(self._upload)
 
@@ -62,13 +63,13 @@ class Recorder(Observer):
         finally:
             if self._writer is not None:
                 self._writer.close()
-            self._local.cleanup()
+            self._closing.close()
 
     def _write(self, values: Mapping[str, float], *, step: int) -> None:
         import tensorflow as tf
 
         if self._writer is None:  # not before TensorFlow has joined the group of workers
-            self._writer = tf.summary.create_file_writer(self._local.name)
+            self._writer = tf.summary.create_file_writer(self._local)
         with self._writer.as_default(step=step):
             for name, value in values.items():
                 tf.summary.scalar(name, value)
@@ -80,7 +81,7 @@ class Recorder(Observer):
             for name, data in history_files(history).items():
                 storage.publish_bytes(storage.join(self._output, name), data)
             self._num_published = len(history)
-        for path in Path(self._local.name).iterdir():
+        for path in Path(self._local).glob("events.*"):
             storage.publish_file(storage.join(self._output, TENSORBOARD_DIRECTORY, path.name), str(path))
 
 

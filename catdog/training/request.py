@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from catdog import architectures, bundle, provenance, storage
 from catdog.config import TrainConfig
 from catdog.dataset import reading
-from catdog.errors import OutputRefusedError, UsageError
+from catdog.errors import BundleError, OutputRefusedError, TrainingError, UsageError
+from catdog.provenance import redact
 from catdog.schema import CLASS_NAMES
 from catdog.training import checkpoint
 
@@ -80,6 +83,9 @@ class Request:
     """The configuration as it is saved beside the result, without the secrets of its URLs."""
 
     info: reading.DatasetInfo
+    claim: storage.Claim
+    """Of the output."""
+
     weights: bytes | None
     """The file of the backbone's pretrained weights."""
 
@@ -89,31 +95,64 @@ class Request:
     is_done: bool
     """Whether the output holds the model."""
 
+    def result(self) -> tuple[dict[str, Any], str]:
+        """The card and the id of the model in the output, once it has been compared with what was asked for.
 
-def accept(config: TrainConfig) -> Request:
-    """Check whether a training can be done as configured, fetch what it needs, and mark its output.
+        Raises:
+            ClaimLostError: another run has taken over the output.
+            TrainingError: it is another model, or a file of it is missing or damaged.
+        """
+        self.claim.check()
+        try:
+            found = bundle.load(self.config.output)
+        except BundleError as error:
+            raise TrainingError(f"the model in --output must be whole. Received: {redact(str(error))}") from error
+        config, digest = found.card.get("training_config"), found.card.get("data_digest")
+        expected = fingerprint(self.published, self.info.digest)
+        if not isinstance(config, dict) or fingerprint(config, digest) != expected:
+            differing = _difference(config, self.published) if isinstance(config, dict) else "no configuration"
+            raise TrainingError(
+                "the model in --output must be that of this configuration and data. "
+                f"Received: {self.published['output']} with a model of {differing}; take another --output"
+            )
+        return found.card, found.model_id
 
-    Nothing is written where anything is raised.
+
+@contextlib.contextmanager
+def accepted(config: TrainConfig) -> Iterator[Request]:
+    """Check whether a training can be done as configured, fetch what it needs, and hold its output within a block.
+
+    Nothing is written where anything is raised. What another run wrote before the output is held is seen.
 
     Raises:
         UsageError: the data cannot be trained on as configured, or there are no such weights.
         OutputRefusedError: the output holds something else.
+        OutputClaimedError: another run is at work there.
     """
     resolved = resolve(
         dataclasses.replace(config, data=storage.absolute(config.data), output=storage.absolute(config.output))
     )
+    output = resolved.output
     info = reading.load_info(resolved.data)
     _check_data(resolved, info)
+    _refuse_foreign(output)
     published = provenance.configuration(resolved)
     record = {"command": "train", "fingerprint": fingerprint(published, info.digest), "config": published}
-    is_done = storage.exists(storage.join(resolved.output, bundle.CARD_NAME))
-    is_resumed = _is_resumed(resolved.output, record, is_done=is_done)
-    weights = None if is_done else architectures.fetch_weights(resolved.arch, resolved.weights)
-    if not is_resumed:
-        storage.publish_json(storage.join(resolved.output, checkpoint.CONFIG_NAME), record)
-    return Request(
-        config=resolved, published=published, info=info, weights=weights, is_resumed=is_resumed, is_done=is_done
-    )
+    with storage.claimed(output, "train") as claim:
+        is_done = storage.exists(storage.join(output, bundle.CARD_NAME))
+        is_resumed = _is_resumed(output, record, is_done=is_done)
+        weights = None if is_done else architectures.fetch_weights(resolved.arch, resolved.weights)
+        if not is_resumed:
+            storage.publish_json(storage.join(output, checkpoint.CONFIG_NAME), record)
+        yield Request(
+            config=resolved,
+            published=published,
+            info=info,
+            claim=claim,
+            weights=weights,
+            is_resumed=is_resumed,
+            is_done=is_done,
+        )
 
 
 def _check_data(config: ResolvedTrainConfig, info: reading.DatasetInfo) -> None:
@@ -129,7 +168,7 @@ def _check_data(config: ResolvedTrainConfig, info: reading.DatasetInfo) -> None:
         )
 
 
-def fingerprint(published: dict[str, Any], data_digest: str) -> str:
+def fingerprint(published: dict[str, Any], data_digest: str | None) -> str:
     """The digest of everything that decides the result of a training.
 
     A signature in the weights' URL has no part in it, so that a training can be resumed with another one.
@@ -139,9 +178,13 @@ def fingerprint(published: dict[str, Any], data_digest: str) -> str:
     return hashlib.sha256(encoded.encode()).hexdigest()
 
 
+def _refuse_foreign(output: str) -> None:
+    storage.refuse_foreign_output(output, (checkpoint.CONFIG_NAME,), says={"command": "train"})
+
+
 def _is_resumed(output: str, record: dict[str, Any], *, is_done: bool) -> bool:
     """Whether the output holds this very training. Refuses another one, unless that never got to a checkpoint."""
-    storage.refuse_foreign_output(output, (checkpoint.CONFIG_NAME,), says={"command": "train"})
+    _refuse_foreign(output)
     url = storage.join(output, checkpoint.CONFIG_NAME)
     if not storage.exists(url):
         return False
@@ -151,7 +194,7 @@ def _is_resumed(output: str, record: dict[str, Any], *, is_done: bool) -> bool:
     if is_done or checkpoint.latest_step(output) >= 0:
         raise OutputRefusedError(
             "--output must be empty, or hold a training with the same configuration and data. "
-            f"Received: {output} with {_difference(found['config'], record['config'])}"
+            f"Received: {record['config']['output']} with {_difference(found['config'], record['config'])}"
         )
     return False
 

@@ -208,7 +208,10 @@ class Learner:
     def _compile(self, replica_fn: Any, *signature: Any) -> Any:
         import tensorflow as tf
 
-        return tf.function(lambda *args: self._strategy.run(replica_fn, args), input_signature=signature)
+        # No replica function branches or loops on a tensor's value; a file per function would be left for nothing.
+        return tf.function(
+            lambda *args: self._strategy.run(replica_fn, args), input_signature=signature, autograph=False
+        )
 
     def _replica_train_step(
         self, images_BSSC: tf.Tensor, labels_B: tf.Tensor, seed: tf.Tensor, *, crop_size: int, head_only: bool
@@ -241,16 +244,29 @@ class Learner:
             losses_B = tf.nn.sigmoid_cross_entropy_with_logits(labels=targets_B, logits=logits_B)
             loss = self.optimizer.scale_loss(tf.reduce_sum(losses_B) / self._share.batch_size)
         gradients = tape.gradient(loss, weights)
-        # One collective for all gradients: on a network a few large messages are faster than many small ones.
-        flat = tf.concat([tf.reshape(gradient, [-1]) for gradient in gradients], axis=0)
-        if self.precision == "bfloat16":  # they were computed in it, and it is half as many bytes to send
-            flat = tf.cast(flat, tf.bfloat16)
-        flat = tf.cast(tf.distribute.get_replica_context().all_reduce("SUM", flat), tf.float32)
-        parts = tf.split(flat, [weight.shape.num_elements() for weight in weights])
-        summed = [tf.reshape(part, weight.shape) for part, weight in zip(parts, weights, strict=True)]
-        self.optimizer.apply(summed, weights)
+        self.optimizer.apply(self._summed(gradients, weights), weights)
         self._follow()
         return tf.stack([tf.reduce_sum(losses_B), _num_correct(logits_B, labels_B)])
+
+    def _summed(self, gradients: list[tf.Tensor], weights: list[Any]) -> list[tf.Tensor]:
+        """The gradients, summed over all workers."""
+        import tensorflow as tf
+
+        # One collective for each number format: on a network a few large messages are faster than many small ones.
+        # What was computed in bfloat16 is sent in it, which is half as many bytes. One worker sends nothing.
+        by_dtype: dict[tf.DType, list[int]] = {}
+        for index, gradient in enumerate(gradients):
+            is_sent_small = self._share.num_workers > 1 and _is_bfloat16(gradient)
+            by_dtype.setdefault(tf.bfloat16 if is_sent_small else tf.float32, []).append(index)
+        summed: dict[int, tf.Tensor] = {}
+        for dtype, indices in by_dtype.items():
+            flat = tf.cast(tf.concat([tf.reshape(gradients[index], [-1]) for index in indices], axis=0), dtype)
+            flat = tf.cast(tf.distribute.get_replica_context().all_reduce("SUM", flat), tf.float32)
+            parts = tf.split(flat, [weights[index].shape.num_elements() for index in indices])
+            summed |= {
+                index: tf.reshape(part, weights[index].shape) for index, part in zip(indices, parts, strict=True)
+            }
+        return [summed[index] for index in range(len(weights))]
 
     def _follow(self) -> None:
         """Move the average towards the weights."""
@@ -277,6 +293,13 @@ class Learner:
 
         # The sum is computed on the device that holds the input. An argument is on no device yet, its copy is.
         return tf.distribute.get_replica_context().all_reduce("SUM", tf.identity(values))
+
+
+def _is_bfloat16(gradient: tf.Tensor) -> bool:
+    """Whether a float32 gradient was computed in bfloat16: what computes it does nothing but widen such numbers."""
+    import tensorflow as tf
+
+    return bool(gradient.op.type == "Cast" and gradient.op.inputs[0].dtype == tf.bfloat16)
 
 
 def _num_correct(logits_B: tf.Tensor, labels_B: tf.Tensor) -> tf.Tensor:

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from catdog import bundle, hardware
+from catdog import hardware
 from catdog.config import TrainConfig
 from catdog.ray_session import connect
 from catdog.records import Record, percent
 from catdog.training import checkpoint
 from catdog.training.observers import ObserverFactory
-from catdog.training.request import accept
+from catdog.training.request import accepted
 
 if TYPE_CHECKING:
     from catdog.calibration import CalibrationReport
@@ -61,6 +61,9 @@ class TrainRecord(Record):
     config: dict[str, Any]
     """The configuration without secrets, and with no field left to the recipe."""
 
+    num_repeated_steps: int
+    """Steps that this run of the command did again, since workers died or their number changed after a checkpoint."""
+
     def summary(self) -> list[str]:
         """The last epoch's figures, what calibration changed, and where the time went."""
         last = self.metrics
@@ -90,26 +93,28 @@ def train(
         observers: what watches every worker, besides what keeps the output's files and the log up to date.
 
     Raises:
-        UsageError: the data cannot be trained on as configured, or the output holds something else.
-        TrainingError: the workers kept failing, or the cluster cannot hold them.
+        UsageError: the data cannot be trained on as configured, or the output holds something else or is in use.
+        ClaimLostError: another run took over the output.
+        StorageError: a storage kept failing.
+        TrainingError: the workers kept failing, the cluster cannot hold them, or the output holds another model now.
     """
     started = time.monotonic()
-    request = accept(config)
-    output = request.config.output
-    if request.is_done:
-        logger.info("%s holds this very model already", output)
-    else:
-        # Training workers hold their CPUs for good; the tasks that decode for them need some of their own.
-        num_cpus = request.config.num_workers * request.config.cpus_per_worker + hardware.num_cores()
-        with connect(request.config.ray_address, min_cpus=num_cpus):
-            from catdog.training import group
+    num_repeated_steps = 0
+    with accepted(config) as request:
+        if request.is_done:
+            logger.info("%s holds this very model already", request.published["output"])
+        else:
+            # Training workers hold their CPUs for good; the tasks that decode for them need some of their own.
+            num_cpus = request.config.num_workers * request.config.cpus_per_worker + hardware.num_cores()
+            with connect(request.config.ray_address, min_cpus=num_cpus):
+                from catdog.training import group
 
-            group.run(request, in_memory=in_memory, observers=observers)
-    # Not before the workers are gone: a group that starts late would find no checkpoint, and begin anew.
-    checkpoint.delete_all(output)
-    card, model_id = bundle.read_card(output)
+                num_repeated_steps = group.run(request, in_memory=in_memory, observers=observers)
+        card, model_id = request.result()
+        # Not before the workers are gone: a group that starts late would find no checkpoint, and begin anew.
+        checkpoint.delete_all(request.config.output)
     return TrainRecord(
-        output=output,
+        output=request.published["output"],
         model_id=model_id,
         arch=request.config.arch,
         resumed=request.is_resumed,
@@ -121,4 +126,5 @@ def train(
         durations_s=card["durations_s"],
         precision=card["precision"],
         config=request.published,
+        num_repeated_steps=num_repeated_steps,
     )

@@ -1,0 +1,221 @@
+"""What a later run of `predict` does with what earlier runs left, and what `verify` says of an output."""
+
+import json
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from inference_case import answers, encoded_drawings, rows_of
+
+from catdog import cli, storage
+from catdog.config import PredictConfig
+from catdog.errors import BooksError, ImageError, OutputRefusedError, StorageError
+from catdog.inference import RunRecord, predict, recount, verify
+from catdog.inference.books import Books
+from catdog.storage import Listing, SourceFile
+
+pytestmark = pytest.mark.slow
+
+
+def run(images: Path | str, output: Path, model: str, **changes: Any) -> RunRecord:
+    return predict(PredictConfig(images=str(images), output=str(output), model=model, executor="inline", **changes))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    directory = tmp_path / "photos"
+    directory.mkdir()
+    for number, picture in enumerate(encoded_drawings(6)):
+        (directory / f"{number}.jpg").write_bytes(picture)
+    return directory
+
+
+def manifest(path: Path, uris: Iterable[Path | str]) -> Path:
+    pq.write_table(pa.table({"uri": [str(uri) for uri in uris]}), path)
+    return path
+
+
+class Web:
+    """A storage that has no versions, in the place of `list_images` and `read_sources`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, contents: dict[str, bytes | ImageError]) -> None:
+        self.contents = {f"https://example.org/{name}": content for name, content in contents.items()}
+        monkeypatch.setattr(storage, "list_images", self.list_images)
+        monkeypatch.setattr(storage, "read_sources", self.read_sources)
+
+    def list_images(self, url: str, **_: object) -> Listing:
+        listing = Listing()
+        listing.begin(SourceFile(uri, "", 0) for uri in self.contents)
+        return listing
+
+    def read_sources(
+        self, uris: Collection[str], *_: object, own: Collection[str] | None = None
+    ) -> Iterable[bytes | ImageError]:
+        return iter([self.contents[uri] for uri in uris])
+
+
+# Facts of a moment.
+
+
+def test_what_was_missing_is_labelled_once_it_is_there_again(photos: Path, tmp_path: Path, model: str) -> None:
+    output, away = tmp_path / "out", tmp_path / "away.jpg"
+    (photos / "2.jpg").rename(away)
+    (photos / "2.jpg").symlink_to(away)
+    listed = manifest(tmp_path / "all.parquet", sorted(photos.iterdir()))
+    away.rename(tmp_path / "hidden.jpg")
+    assert run(listed, output, model).errors == {"not_found": 1}
+    before = rows_of(output)
+    again = run(listed, output, model)
+    assert again.books == Books(listed=6, ok=0, error=0, already_done=6, duplicate=0)
+    assert not again.failed_fraction_exceeded
+    assert rows_of(output).equals(before)
+    (tmp_path / "hidden.jpg").rename(away)
+    assert run(listed, output, model).books.ok == 1
+    assert verify(str(output)).differences == []
+
+
+@pytest.mark.parametrize("code", ["permission_denied", "unreachable"])
+def test_what_was_denied_is_labelled_in_its_part_in_the_next_run(
+    tmp_path: Path, model: str, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = encoded_drawings(2)
+    web = Web(monkeypatch, {"1.jpg": one, "2.jpg": ImageError(code, "not now")})
+    first = run("https://example.org", tmp_path / "out", model)
+    assert first.errors == {code: 1}
+    assert run("https://example.org", tmp_path / "out", model).books.already_done == 2
+    web.contents["https://example.org/2.jpg"] = two
+    record = run("https://example.org", tmp_path / "out", model)
+    assert (record.books.ok, record.books.already_done, record.parts) == (1, 1, first.parts)
+    assert [row["status"] for row in answers(tmp_path / "out")] == ["ok", "ok"]
+    assert verify(str(tmp_path / "out")).rows == 2
+
+
+@pytest.mark.parametrize("code", ["not_found", "permission_denied"])
+def test_a_storage_that_gives_nothing_ends_the_run_early(
+    tmp_path: Path, model: str, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web = Web(monkeypatch, {f"{number}.jpg": ImageError(code, "closed") for number in range(1200)})
+    with pytest.raises(StorageError, match=rf"must give some of the images .* Received: \d+ {code} of the first \d+"):
+        run("https://example.org", tmp_path / "out", model)
+    assert not list((tmp_path / "out").glob("_runs/*"))
+    (picture,) = encoded_drawings(1)
+    web.contents = dict.fromkeys(web.contents, picture)
+    assert run("https://example.org", tmp_path / "out", model, batch_size=512).books.ok == 1200
+    assert verify(str(tmp_path / "out")).rows == 1200
+
+
+# Images without a version.
+
+
+def test_an_image_without_a_version_is_compared_by_its_bytes(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two, three = encoded_drawings(3)
+    web = Web(monkeypatch, {"1.jpg": one, "2.jpg": two, "bad.jpg": b"Dear cat,"})
+    output = tmp_path / "out"
+    assert run("https://example.org", output, model).books == Books(
+        listed=3, ok=2, error=1, already_done=0, duplicate=0
+    )
+    first = rows_of(output).to_pylist()
+    for row in first:
+        assert row["source_version"] == "sha256-" + row["image_id"][:32]
+    again = run("https://example.org", output, model)
+    assert (again.books.already_done, again.parts) == (3, [])
+    web.contents["https://example.org/2.jpg"] = three
+    changed = run("https://example.org", output, model)
+    assert (changed.books.ok, changed.books.already_done) == (1, 2)
+    web.contents["https://example.org/2.jpg"] = two  # as it was at first
+    assert run("https://example.org", output, model).books.already_done == 3
+    rows = rows_of(output).to_pylist()
+    assert len(rows) == 4
+    assert all(row in rows for row in first)
+    assert run("https://example.org", output, model, retry_errors=True).books.error == 1
+    assert verify(str(output)).rows == 4
+
+
+# Verifying.
+
+
+@pytest.fixture
+def output(photos: Path, tmp_path: Path, model: str) -> Path:
+    run(photos, tmp_path / "out", model)
+    (photos / "letter.jpg").write_text("Dear cat,")
+    run(photos, tmp_path / "out", model)
+    return tmp_path / "out"
+
+
+def rewrite(part: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
+    table = pq.read_table(part)
+    rows = table.to_pylist()
+    change(rows)
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), part)
+
+
+def part_of(output: Path, num_rows: int) -> Path:
+    (part,) = (path for path in output.glob("part-*") if pq.read_metadata(path).num_rows == num_rows)
+    return part
+
+
+def test_verify_prints_what_it_counts(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (output / "notes.txt").write_text("mine")
+    assert cli.main(["verify", str(output)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"Verified {output}: 7 rows = 6 ok + 1 error.",
+        "  2 parts, 1 model, 2 runs",
+        "  unrelated, not judged: notes.txt",
+    ]
+    assert cli.main(["verify", str(output), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["rows"], record["differences"], record["unrelated"]) == (7, [], ["notes.txt"])
+
+
+def test_verify_names_every_difference(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    big, small = part_of(output, 6), part_of(output, 1)
+    rewrite(big, lambda rows: [rows[0].update(label=None), rows[1].update(run_id="of-a-stopped-run"), rows.pop()])
+    pq.write_table(pq.read_table(big).slice(2, 1), output / "part-twice.parquet")
+    (output / "part-cut.parquet").write_bytes(small.read_bytes()[:-10])
+    (output / "_runs" / "broken.json").write_text("{")
+    first, second = sorted(output.glob("_runs/2*.json"))
+    second.write_text(second.read_text().replace('"listed": 7', '"listed": 8'))
+    small.unlink()
+
+    assert cli.main(["verify", str(output), "--json"]) == 1
+    out, err = capsys.readouterr()
+    differences = json.loads(out)["differences"]
+    assert err.splitlines()[-1].startswith("error: the files of an output must agree with its run records. Received: ")
+    for expected in (
+        "part-cut.parquet, which holds none",
+        "in part-twice.parquet" if big.name > "part-twice" else f"in {big.name}, part-twice.parquet",
+        f"the row of {output.parent}/photos/0.jpg in {big.name} is neither, or both",
+        "broken.json: a run record must be whole",
+        f"{second.name}: listed must be ok + error + already_done + duplicate",
+        f"{second.name}: every part that a run wrote must be there. Received: {small.name} is missing",
+        f"{first.name}: the labels of a run must be those of its record. Received: 5 ok, ",
+    ):
+        assert sum(expected in text for text in differences) == 1, expected
+    assert len(differences) == 7
+    assert recount(str(output)).rows_without_record == 1
+    with pytest.raises(BooksError, match=r"broken\.json.*"):
+        verify(str(output))
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "foreign"])
+def test_verify_needs_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
+    place = tmp_path / what
+    if what != "missing":
+        place.mkdir()
+    if what == "foreign":
+        (place / "thesis.txt").write_text("mine")
+    assert cli.main(["verify", str(place)]) == 2
+    message = f"error: OUTPUT must hold predictions. Received: {place}, which holds none\n"
+    assert capsys.readouterr().err == message
+    with pytest.raises(OutputRefusedError):
+        recount(str(place))
+
+
+def test_a_retried_error_is_no_difference(output: Path, photos: Path, model: str) -> None:
+    run(photos, output, model, retry_errors=True)
+    assert recount(str(output)).differences == []
