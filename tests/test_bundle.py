@@ -64,11 +64,11 @@ def test_a_remote_bundle_lies_in_the_cache(saved: Path, tmp_path: Path, monkeypa
     assert again.paths[bundle.MODEL_NAME].read_bytes() == (saved / bundle.MODEL_NAME).read_bytes()
 
 
-def test_a_remote_bundle_needs_no_home(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_remote_bundle_needs_no_home(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))  # no directory can be made there
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    for path in saved.iterdir():
+    for path in copied.iterdir():
         storage.publish_file(f"memory://test_bundle/homeless/{path.name}", str(path))
     for path in bundle.load("memory://test_bundle/homeless").paths.values():
         assert path.is_relative_to(tmp_path / f"catdog-cache-{os.getuid()}")

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from inference_case import answers, encoded_drawings, rows_of
+from inference_case import answers, directory_of_one_slice, encoded_drawings, rows_of
 
 from catdog import cli, storage
 from catdog.config import PredictConfig
@@ -26,8 +26,7 @@ def run(images: Path | str, output: Path, model: str, **changes: Any) -> RunReco
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    directory = tmp_path / "photos"
-    directory.mkdir()
+    directory = directory_of_one_slice(tmp_path, [*(f"{number}.jpg" for number in range(6)), "letter.jpg"], "photos")
     for number, picture in enumerate(encoded_drawings(6)):
         (directory / f"{number}.jpg").write_bytes(picture)
     return directory
@@ -172,7 +171,7 @@ def test_verify_prints_what_it_counts(output: Path, capsys: pytest.CaptureFixtur
     assert (record["rows"], record["differences"], record["unrelated"]) == (7, [], ["notes.txt"])
 
 
-def test_verify_names_every_difference(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_names_every_difference(photos: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     big, small = part_of(output, 6), part_of(output, 1)
     rewrite(big, lambda rows: [rows[0].update(label=None), rows[1].update(run_id="of-a-stopped-run"), rows.pop()])
     pq.write_table(pq.read_table(big).slice(2, 1), output / "part-twice.parquet")
@@ -189,7 +188,7 @@ def test_verify_names_every_difference(output: Path, capsys: pytest.CaptureFixtu
     for expected in (
         "part-cut.parquet, which holds none",
         "in part-twice.parquet" if big.name > "part-twice" else f"in {big.name}, part-twice.parquet",
-        f"the row of {output.parent}/photos/0.jpg in {big.name} is neither, or both",
+        f"the row of {photos}/0.jpg in {big.name} is neither, or both",
         "broken.json: a run record must be whole",
         f"{second.name}: listed must be ok + error + already_done + duplicate",
         f"{second.name}: every part that a run wrote must be there. Received: {small.name} is missing",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from inference_case import directory_of_one_slice
 
 from catdog import storage
 from catdog.errors import OutputRefusedError, UsageError
@@ -73,8 +74,9 @@ def uris_of(slices: list[Slice]) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    directory = tmp_path / "images"
-    directory.mkdir()
+    """Eight images, and room for two more, that are one slice."""
+    names = [*(f"{number}.jpg" for number in range(8)), "9.jpg", "new.jpg"]
+    directory = directory_of_one_slice(tmp_path, names)
     for number in range(8):
         (directory / f"{number}.jpg").write_bytes(b"x" * number)
     return directory
