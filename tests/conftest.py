@@ -1,6 +1,6 @@
 """What all tests share: what `slow` means, TensorFlow on one thread, and the folder of real photographs.
 
-A test that needs Ray, TensorFlow or a server is marked `slow`, singly or with its whole module
+A test that needs Ray, TensorFlow or a server, or takes some seconds, is marked `slow`, singly or with its whole module
 (`pytestmark = pytest.mark.slow`). `make test-fast` runs the others, and never imports one of these libraries: neither
 to collect the tests nor to run them. A test that forgets its mark fails.
 

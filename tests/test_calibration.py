@@ -116,6 +116,7 @@ def test_labels_that_are_all_right_do_not_make_probabilities_sure(num_images: in
     assert found.review_threshold == 0.5
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(labelled_logits, st.randoms(use_true_random=False))
 def test_the_order_of_the_images_does_not_matter(pairs: list[tuple[int, float]], random: Any) -> None:
@@ -165,6 +166,7 @@ def quick_bootstrap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "NUM_BOOTSTRAP_SAMPLES", 10)
 
 
+@pytest.mark.slow
 def test_cross_fitting_does_not_flatter(quick_bootstrap: None) -> None:
     def loss(labels: np.ndarray, prob_dog: np.ndarray) -> float:
         prob_true = np.where(labels == 1, prob_dog, 1 - prob_dog.astype(float))
@@ -313,6 +315,7 @@ def test_the_lone_image_of_a_half_is_left_as_it_is() -> None:
     assert calibration.cross_fitted([1], [2.0]) == calibration.probabilities([2.0], 1.0)
 
 
+@pytest.mark.slow
 def test_a_bias_shows_and_chance_does_not(quick_bootstrap: None) -> None:
     shifted = calibration.fit(*simulated(2000, bias=2.0), review_precision=0.9)
     assert shifted.report["bias_log_likelihood_ratio_p"] is not None

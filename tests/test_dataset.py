@@ -97,6 +97,7 @@ HASHES: list[Sequence[int | None] | None] = [
 NEAR = {0: 0, 1: 0, 2: 0, 3: 1, 4: 1, 5: 2}
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 11), st.integers(0, 1), st.booleans()), min_size=1, max_size=30))
 def test_duplicates_never_straddle_and_every_file_has_one_fate(files: list[tuple[int, int, bool]]) -> None:

@@ -26,6 +26,7 @@ def test_a_drawing_is_determined_by_label_and_seed() -> None:
     assert drawings.draw("dog", (0, 1)).tobytes() == pictures["dog", (0, 1)]
 
 
+@pytest.mark.slow
 def test_colours_do_not_give_the_animal_away() -> None:
     """A model that sees colour histograms alone does hardly better than guessing."""
     features, labels = [], []

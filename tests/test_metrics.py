@@ -98,6 +98,7 @@ def test_the_same_input_gives_the_same_json() -> None:
     assert first == second
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(labelled_probs, st.randoms(use_true_random=False))
 def test_properties_of_any_input(pairs: list[tuple[int, float]], random: Any) -> None:
@@ -129,6 +130,7 @@ def test_properties_of_any_input(pairs: list[tuple[int, float]], random: Any) ->
             assert np.isfinite([low, high]).all()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(labelled_probs)
 def test_the_mirror_image_swaps_the_classes(pairs: list[tuple[int, float]]) -> None:

@@ -285,6 +285,7 @@ def test_what_only_reads_and_labels_does_not_load_matplotlib() -> None:
     assert ran.stdout == "False\n"
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes() -> None:
     items = [item("red", "cat", "dog"), item("green", "dog", "dog")]
     drawings: tuple[Callable[[], bytes], ...] = (
@@ -300,6 +301,7 @@ def test_the_same_input_gives_the_same_bytes() -> None:
         assert b"atplotlib" not in first
 
 
+@pytest.mark.slow
 def test_grid_of_many_pictures() -> None:
     items = [
         report.GridItem(image=image, label="cat", predicted_label="dog", confidence=0.75)

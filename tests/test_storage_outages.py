@@ -84,6 +84,7 @@ def failing(url: str, calls: list[float], error: Exception) -> Callable[[], None
     return lambda: filesystems.attempt(url, fail)
 
 
+@pytest.mark.slow
 def test_the_budget_is_the_storages_and_not_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(outages.PATIENCE_VARIABLE, "1.5")
     started = time.monotonic()
@@ -112,6 +113,7 @@ def test_a_success_starts_the_budget_anew(monkeypatch: pytest.MonkeyPatch) -> No
     assert known.tried_s(time.monotonic(), 50, is_unreachable=False) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [ConnectionRefusedError(111, "refused"), socket.gaierror(-2, "Name not known")])
 def test_an_address_where_nobody_ever_listened_is_given_up_soon(
     monkeypatch: pytest.MonkeyPatch, error: Exception
