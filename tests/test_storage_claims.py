@@ -222,3 +222,23 @@ def test_a_lost_answer_is_no_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", lossy)
     with storage.claimed(f"memory://{tmp_path.name}/out", "train") as claim:
         assert json.loads(storage.read_bytes(claim.url))["command"] == "train"
+
+
+def test_where_processes_have_no_identity_a_claim_is_that_of_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a system without `/proc`."""
+    monkeypatch.setattr(claims, "_process", lambda pid: "")
+    elsewhere(str(tmp_path), 1)
+    started = time.monotonic()
+    with storage.claimed(str(tmp_path), "train") as claim:
+        assert time.monotonic() - started >= claims.EXPIRY_S
+        assert claim.is_after_death
+
+
+def test_holding_a_claim_does_not_list_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with storage.claimed(str(tmp_path), "train") as claim:
+        assert not claim.is_after_death
+        monkeypatch.setattr(claims, "list_all_names", pytest.fail)
+        claim.check()
+        claim.check()

@@ -18,7 +18,6 @@ from catdog.inference.publish import list_parts
 from catdog.inference.sources import refuse_output_inside
 from catdog.inference.verification import Verification, recount, run_verify, verify
 from catdog.inference.work import Job
-from catdog.storage.listing import list_all_names
 
 __all__ = ["PlanSummary", "RunRecord", "Verification", "plan_summary", "predict", "recount", "run_verify", "verify"]
 
@@ -40,7 +39,6 @@ def predict(config: PredictConfig) -> RunRecord:
     model_id = bundle.load(config.model).model_id
     refuse_output_inside(sources, output)
     list_parts(output)
-    is_after_death = _is_after_death(output)
     with (
         storage.claimed(output, "predict") as claim,
         open_plan(sources, output, model_id, retry_errors=config.retry_errors) as plan,
@@ -51,10 +49,10 @@ def predict(config: PredictConfig) -> RunRecord:
             model_id=model_id,
             output=output,
             claim_url=claim.url,
-            claim_owner=storage.read_json(claim.url)["owner"],
+            claim_owner=claim.owner,
             roots=plan.listed.roots,
             own=plan.listed.own,
-            is_after_death=is_after_death,
+            is_after_death=claim.is_after_death,
             run_id=books.new_run_id(started_at),
             batch_size=config.batch_size,
             engine=config.engine,
@@ -71,11 +69,6 @@ def predict(config: PredictConfig) -> RunRecord:
         claim.check()
         storage.publish_json(storage.join(output, books.RUNS_NAME, f"{job.run_id}.json"), record.to_dict())
     return record
-
-
-def _is_after_death(output: str) -> bool:
-    """Whether a claim lies in the output: its run died, or is still at work, which the next claim finds out."""
-    return any(name.startswith(".catdog-claim-") for name in list_all_names(output))
 
 
 @dataclass(frozen=True, kw_only=True)

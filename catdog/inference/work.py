@@ -204,7 +204,7 @@ class Worker:
         """
         if not len(rows):
             return False
-        if not _is_claim_held(self._job):
+        if not storage.is_held(self._job.claim_url, self._job.claim_owner):
             raise ClaimLostError(
                 "a run must hold the claim of its --output to its end. "
                 f"Received: {redact(self._job.output)} was taken over, or given back"
@@ -226,19 +226,10 @@ def _read(
         yield deadly[file] if file in deadly else next(contents)
 
 
-def _is_claim_held(job: Job) -> bool:
-    """Whether the claim's file is there and names the run as its owner."""
-    try:
-        claim = storage.read_json(job.claim_url)
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return False
-    return isinstance(claim, dict) and claim.get("owner") == job.claim_owner
-
-
 def _prove_sight(job: Job) -> None:
     """Raise `StorageError` unless this process sees the output and the images that the driver sees."""
     node = socket.gethostname()
-    if not _is_claim_held(job):
+    if not storage.is_held(job.claim_url, job.claim_owner):
         raise StorageError(
             f"every node must see the same --output. Received: {redact(job.claim_url)} is not there on {node}, or is "
             "another run's"

@@ -14,7 +14,7 @@ says another number of seconds. An address where nobody has listened since the p
 `catdog.storage.outages`.
 """
 
-from catdog.storage.claims import Claim, claimed
+from catdog.storage.claims import Claim, claimed, is_held
 from catdog.storage.filesystems import SourceFile
 from catdog.storage.listing import Listing, exists, list_images, list_names
 from catdog.storage.publishing import (
@@ -48,6 +48,7 @@ __all__ = [
     "delete",
     "delete_temporaries",
     "exists",
+    "is_held",
     "is_inside",
     "join",
     "list_images",

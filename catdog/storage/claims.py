@@ -39,7 +39,7 @@ from catdog.errors import ClaimLostError, OutputClaimedError, StorageError
 from catdog.provenance import redact
 from catdog.storage import s3
 from catdog.storage.filesystems import attempt, filesystem
-from catdog.storage.listing import list_all_names
+from catdog.storage.listing import exists, list_all_names
 from catdog.storage.publishing import delete, publish_bytes
 from catdog.storage.reading import read_bytes
 from catdog.storage.urls import absolute, is_local, join, local_path
@@ -93,7 +93,10 @@ class Holder:
 class Claim:
     """A claim that is held. `claimed` makes one."""
 
-    def __init__(self, output: str, number: int, holder: Holder) -> None:
+    def __init__(self, output: str, number: int, holder: Holder, *, is_after_death: bool) -> None:
+        self.is_after_death = is_after_death
+        """Whether the run before, in this output, died or lost its storage before its end."""
+
         self._output = output
         self._number = number
         self._holder = holder
@@ -107,9 +110,18 @@ class Claim:
         """The file. It is there as long as the claim is held."""
         return join(self._output, _name(self._number))
 
+    @property
+    def owner(self) -> str:
+        """What the file says of its owner, unlike that of any other run."""
+        return self._holder.owner
+
     def check(self) -> None:
-        """Raise `ClaimLostError` if another run has taken over the output."""
-        if self._is_lost or _numbers(self._output)[-1:] != [self._number]:
+        """Raise `ClaimLostError` if another run has taken over the output.
+
+        The output is not listed for this: it may hold millions of files. Who takes over creates the next number first.
+        """
+        is_taken_over = exists(join(self._output, _name(self._number + 1))) or not is_held(self.url, self.owner)
+        if self._is_lost or is_taken_over:
             self._is_lost = True
             raise ClaimLostError(
                 f"a run must hold the claim of its --output to its end. Received: {redact(self._output)} was taken over"
@@ -164,6 +176,12 @@ def claimed(output: str, command: str) -> Iterator[Claim]:
                 os.rmdir(directory)
 
 
+def is_held(url: str, owner: str) -> bool:
+    """Whether the file of a claim is there and names this owner. For workers, which have no `Claim`."""
+    found = _read(url)
+    return found is not None and found.owner == owner
+
+
 def _make_directories(output: str) -> list[str]:
     """Make a local directory, and those above it that are missing; those that were made, the innermost first."""
     if not is_local(output):
@@ -207,7 +225,7 @@ def _acquire(output: str, command: str) -> Claim:
             continue
         for lower in there[:-1]:
             delete(join(output, _name(lower)))
-        return Claim(output, number, ours)
+        return Claim(output, number, ours, is_after_death=bool(numbers))
     raise StorageError(f"{redact(output)} could not be claimed: others kept coming in between")
 
 
@@ -217,9 +235,9 @@ def _living_holder(output: str, number: int) -> Holder | None:
     first = _read(url)
     if first is None:
         return None
-    if first.process == _process(os.getpid()) and first.owner not in _mine:
-        return None  # this process could not remove it
     if first.process and _same_namespace(first.process):
+        if first.pid == os.getpid() and first.owner not in _mine:
+            return None  # this process, or a dead one that had its number, could not remove it
         return first if _process(first.pid) == first.process else None
     logger.info("The output is held by %s; looking for a sign of life for up to %.0f s", first, EXPIRY_S)
     deadline = time.monotonic() + EXPIRY_S
@@ -249,10 +267,10 @@ def _create(url: str, holder: Holder) -> bool:
         return True
 
     if not attempt(url, put):
-        return (found := _read(url)) is not None and found.owner == holder.owner  # an answer may have been lost
+        return is_held(url, holder.owner)  # an answer may have been lost
     if attempt(url, put):  # the store heeds no conditions: the last of all writers holds the claim
         time.sleep(SETTLE_S)
-    return (found := _read(url)) is not None and found.owner == holder.owner
+    return is_held(url, holder.owner)
 
 
 def _create_local(path: str, data: bytes) -> bool:
@@ -297,7 +315,7 @@ def _read(url: str) -> Holder | None:
     """What a claim's file says; None where there is none. One that cannot be understood is another version's."""
     try:
         data = read_bytes(url)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         return Holder(**json.loads(data))
