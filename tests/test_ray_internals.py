@@ -10,25 +10,17 @@ import pytest
 import ray
 import ray.data
 import ray.train
+from ray_case import small_ray
 
-from catdog import ray_internals, scratch
+from catdog import ray_internals
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_ray() -> Iterator[None]:
-    with scratch.directory("ray", parent=scratch.short_base(20)) as directory:
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=directory,
-        )
+def ray_of_this_module() -> Iterator[None]:
+    with small_ray(num_cpus=2):
         yield
-        ray.shutdown()
 
 
 def moved(name: str) -> str:

@@ -24,8 +24,9 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from PIL import Image
+from ray_case import small_ray
 
-from catdog import architectures, bundle, drawings, images, provenance, ray_internals, scratch, storage
+from catdog import architectures, bundle, drawings, images, provenance, ray_internals, storage
 from catdog.config import PrepareConfig, TrainConfig
 from catdog.dataset import prepare
 from catdog.dataset.reading import load_info
@@ -63,18 +64,9 @@ NUM_EPOCHS, STEPS_PER_EPOCH, CHECKPOINT_STEPS = 3, 5, 2
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_ray() -> Iterator[None]:
-    with scratch.directory("ray", parent=scratch.short_base(20)) as directory:
-        ray.init(
-            address="local",
-            num_cpus=3,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=directory,
-        )
+def ray_of_this_module() -> Iterator[None]:
+    with small_ray(num_cpus=3):
         yield
-        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
