@@ -6,6 +6,7 @@ A test module says `pytest_plugins = ["s3_server", "fault_proxy"]` and takes the
 
 import http.client
 import http.server
+import random
 import socket
 import struct
 import threading
@@ -18,11 +19,12 @@ from s3_server import S3Server
 
 from catdog.storage import outages
 
-Fault = Literal["reset", "503", "500", "slow", "truncated", "lost", "expired"]
+Fault = Literal["reset", "503", "500", "slow", "truncated", "lost", "expired", "skew"]
 """What may happen to a request.
 
 - `reset`: the connection is reset before the request is read.
-- `503`, `500`, `expired`: S3 answers SlowDown, InternalError, ExpiredToken, and does nothing.
+- `503`, `500`, `expired`, `skew`: S3 answers SlowDown, InternalError, ExpiredToken, RequestTimeTooSkewed, and does
+  nothing.
 - `slow`: the answer comes late.
 - `truncated`: the answer's body ends in the middle.
 - `lost`: the work is done, and the connection is reset in place of the answer.
@@ -30,7 +32,12 @@ Fault = Literal["reset", "503", "500", "slow", "truncated", "lost", "expired"]
 
 FAULTS: Final[tuple[Fault, ...]] = get_args(Fault)
 
-_ANSWERS: Final = {"503": (503, "SlowDown"), "500": (500, "InternalError"), "expired": (403, "ExpiredToken")}
+_ANSWERS: Final = {
+    "503": (503, "SlowDown"),
+    "500": (500, "InternalError"),
+    "expired": (403, "ExpiredToken"),
+    "skew": (403, "RequestTimeTooSkewed"),
+}
 
 _SLOW_S: Final = 0.3
 
@@ -41,6 +48,8 @@ class FaultProxy:
     Attributes:
         num_requests: how many requests have come.
         most_in_flight: the most requests that were under way at one time since `count_anew`.
+        pace_s: the least time between two requests that are passed on. With it, a job of many requests takes as long as
+            a test wants.
     """
 
     def __init__(self, upstream: str) -> None:
@@ -48,11 +57,18 @@ class FaultProxy:
         self.upstream = (host, int(port))
         self.num_requests = 0
         self.most_in_flight = 0
+        self.pace_s = 0.0
+        self._free_at = 0.0
         self._num_in_flight = 0
         self._lock = threading.Lock()
+        self._awaited = ""
+        self._num_awaited = 0
+        self._came = threading.Event()
         self._fault: Fault | None = None
         self._left = 0
         self._every = 1
+        self._chance = 1.0
+        self._random = random.Random(0)
         proxy = self
 
         class Handler(_Handler):
@@ -72,10 +88,20 @@ class FaultProxy:
         """`http://127.0.0.1:<port>`."""
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
-    def inject(self, fault: Fault | None, *, times: int = 1, every: int = 1) -> None:
-        """Let this happen to every so many requests, from the next one on, until it has happened so many times."""
+    def inject(self, fault: Fault | None, *, times: int = 1, every: int = 1, chance: float = 1.0) -> None:
+        """Let this happen to every so many requests, from the next one on, until it has happened so many times.
+
+        With a `chance` below 1 it happens to each of those at random. Otherwise, of two requests that a client always
+        sends one after the other, the same one might be hit for ever.
+        """
         with self._lock:
-            self._fault, self._left, self._every, self.num_requests = fault, times, every, 0
+            self._fault, self._left, self._every, self._chance, self.num_requests = fault, times, every, chance, 0
+
+    def expect(self, text: str, times: int = 1) -> threading.Event:
+        """An event that is set when so many requests with this text in their `METHOD /path` have come."""
+        with self._lock:
+            self._awaited, self._num_awaited, self._came = text, times, threading.Event()
+            return self._came
 
     def count_anew(self) -> None:
         """Forget how many requests were under way at one time."""
@@ -93,9 +119,13 @@ class FaultProxy:
         """Pass one request on, or do harm to it."""
         with self._lock:
             is_hit = self._fault is not None and self._left > 0 and self.num_requests % self._every == 0
+            is_hit = is_hit and self._random.random() < self._chance
             fault = self._fault if is_hit and self._is_up else None if self._is_up else "reset"
             self._left -= is_hit
             self.num_requests += 1
+            self._num_awaited -= self._awaited in f"{handler.command} {handler.path}"
+            if self._num_awaited == 0:
+                self._came.set()
             self._num_in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self._num_in_flight)
         try:
@@ -116,6 +146,7 @@ class FaultProxy:
             return
         if fault == "slow":
             time.sleep(_SLOW_S)
+        self._keep_pace()
         upstream = http.client.HTTPConnection(*self.upstream, timeout=60)
         try:
             upstream.putrequest(handler.command, handler.path, skip_host=True, skip_accept_encoding=True)
@@ -140,6 +171,13 @@ class FaultProxy:
             handler.close_connection = True
             data = data[: len(data) // 2]
         handler.answer(answer.status, kept, data, length)
+
+    def _keep_pace(self) -> None:
+        with self._lock:
+            now = time.monotonic()
+            wait_s = max(0.0, self._free_at - now)
+            self._free_at = now + wait_s + self.pace_s
+        time.sleep(wait_s)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fault_proxy import FAULTS, Fault, FaultProxy
+from ray_case import small_ray
 from s3_server import S3Server
 from storage_case import FlakyS3, write_manifest
 
@@ -113,6 +114,18 @@ def test_a_success_starts_the_budget_anew(monkeypatch: pytest.MonkeyPatch) -> No
     assert known.tried_s(time.monotonic(), 50, is_unreachable=False) is None
 
 
+@pytest.mark.parametrize(("num_files", "outage_s", "is_anew"), [(2, 200, True), (1, 200, False), (2, 20, False)])
+def test_an_outage_is_not_held_against_a_file(num_files: int, outage_s: float, is_anew: bool) -> None:
+    known = outages.Storage("s3://b")
+    now = time.monotonic()
+    for number in range(num_files):
+        known.failed(f"s3://b/{number}", "m", now - outage_s, is_unreachable=False)
+    known.succeeded()
+    assert (known.tried_s(now - 250, 240, is_unreachable=False) is None) == is_anew
+    known.failed("s3://b/0", "m", time.monotonic(), is_unreachable=False)
+    assert (known.tried_s(now - 250, 240, is_unreachable=False) is None) == is_anew
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [ConnectionRefusedError(111, "refused"), socket.gaierror(-2, "Name not known")])
 def test_an_address_where_nobody_ever_listened_is_given_up_soon(
@@ -134,7 +147,7 @@ def test_an_address_where_nobody_ever_listened_is_given_up_soon(
 def test_local_errors_are_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outages, "_LOCAL_PATIENCE_S", 0.3)
     calls: list[float] = []
-    with pytest.raises(StorageError, match=r"^/x: the storage failed for 0 s: Input/output error$"):
+    with pytest.raises(StorageError, match=r"^/x: the storage failed for [01] s: Input/output error$"):
         failing("/x", calls, OSError(5, "Input/output error"))()
 
 
@@ -254,6 +267,58 @@ def test_claims_survive(bucket: str, proxy: FaultProxy, fault: Fault, monkeypatc
         claim.check()
         proxy.inject(fault, times=2)
     assert list_all_names(f"{bucket}/out") == []
+
+
+@pytest.mark.slow
+def test_a_run_that_ends_while_its_storage_is_down_does_not_wait_for_it(
+    bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(claims, "HEARTBEAT_S", 0.2)
+    monkeypatch.setattr(claims, "_RELEASE_PATIENCE_S", 1.0)
+    monkeypatch.setenv(outages.PATIENCE_VARIABLE, "60")
+    with storage.claimed(f"{bucket}/out", "train"):
+        proxy.go_down()
+        time.sleep(1)  # the claim is being renewed
+        started = time.monotonic()
+    assert time.monotonic() - started < 10
+    assert [record.message[:43] for record in caplog.records if record.levelname == "WARNING"] == [
+        "The claim of the output could not be remove"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["expired", "skew"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_denial_that_tells_no_reason_is_not_blamed_on_the_file(
+    bucket: str, proxy: FaultProxy, fault: Fault, every: int
+) -> None:
+    storage.publish_bytes(f"{bucket}/a", b"a")
+    storage.publish_bytes(f"{bucket}/empty", b"")
+    proxy.inject(fault, times=3, every=every)
+    assert storage.exists(f"{bucket}/a")
+    proxy.inject(fault, times=3, every=every)
+    assert storage.exists(f"{bucket}/empty")
+    proxy.inject(fault, times=3, every=every)
+    assert not storage.exists(f"{bucket}/b")
+    proxy.inject(fault, times=3, every=every)
+    with storage.open_read(f"{bucket}/a") as file:
+        proxy.inject(fault, times=3, every=every)
+        assert file.read() == b"a"
+
+
+@pytest.mark.slow
+def test_a_worker_of_ray_trusts_the_address_and_the_keys_that_its_driver_has_used() -> None:
+    import ray
+
+    def trusts() -> tuple[bool, bool]:
+        known = outages.known("s3://b")
+        with ThreadPoolExecutor(1) as pool:  # as the threads that read ahead
+            has_succeeded = pool.submit(lambda: known.has_succeeded).result()
+        return has_succeeded, known.tried_s(time.monotonic() - 60, 300, is_unreachable=True) is None
+
+    with small_ray(num_cpus=1):
+        assert trusts() == (False, False)
+        assert ray.get(ray.remote(trusts).remote()) == (True, True)
 
 
 @pytest.mark.slow

@@ -8,10 +8,10 @@ If one image cannot be read, that is an `ImageError`. If a storage fails, that i
 and says for how long it was tried. If a file is missing, `list_images` raises `UsageError`, and the functions that read
 what catdog wrote raise Python's `FileNotFoundError`.
 
-What can pass (HTTP status 5xx, throttling, a connection cut or timed out, keys that have expired after they worked) is
-tried again until a storage has given nothing for five minutes. The environment variable `CATDOG_STORAGE_PATIENCE_S`
-says another number of seconds. An address where nobody has listened since the process began ends within seconds. See
-`catdog.storage.outages`.
+What can pass (HTTP status 5xx, throttling, a connection cut or timed out; keys that have expired, or a clock that is
+wrong, where requests had been taken before) is tried again until a storage has given nothing for five minutes. The
+environment variable `CATDOG_STORAGE_PATIENCE_S` says another number of seconds. An address where nobody has listened
+since the process began ends within seconds. See `catdog.storage.outages`.
 """
 
 from catdog.storage.claims import Claim, claimed, is_held

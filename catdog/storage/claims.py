@@ -37,7 +37,7 @@ from typing import Final
 
 from catdog.errors import ClaimLostError, OutputClaimedError, StorageError
 from catdog.provenance import redact
-from catdog.storage import s3
+from catdog.storage import outages, s3
 from catdog.storage.filesystems import attempt, filesystem
 from catdog.storage.listing import exists, list_all_names
 from catdog.storage.publishing import delete, publish_bytes
@@ -138,16 +138,18 @@ class Claim:
             logger.warning("The claim of the output could not be removed, and will expire: %s", error)
 
     def _renew(self) -> None:
-        while not self._released.wait(HEARTBEAT_S):
-            try:
-                self.check()
-                self._holder = replace(self._holder, renewals=self._holder.renewals + 1)
-                publish_bytes(self.url, _encoded(self._holder))
-            except ClaimLostError as error:
-                logger.error("%s", error)
-                return
-            except StorageError as error:  # it may pass; a run that cannot reach its output ends by itself
-                logger.warning("The claim of the output could not be renewed: %s", error)
+        with outages.stoppable(self._released):
+            while not self._released.wait(HEARTBEAT_S):
+                try:
+                    self.check()
+                    self._holder = replace(self._holder, renewals=self._holder.renewals + 1)
+                    publish_bytes(self.url, _encoded(self._holder))
+                except ClaimLostError as error:
+                    logger.error("%s", error)
+                    return
+                except StorageError as error:  # it may pass; a run that cannot reach its output ends by itself
+                    if not self._released.is_set():
+                        logger.warning("The claim of the output could not be renewed: %s", error)
 
 
 @contextlib.contextmanager

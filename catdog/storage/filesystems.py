@@ -142,7 +142,7 @@ def attempt(url: str, action: Callable[[], T], *, patience_s: float | None = Non
             return result
         words = describe(failure)
         is_unreachable = isinstance(failure, (ConnectionRefusedError, socket.gaierror, *_loaded(_UNREACHABLE_ERRORS)))
-        can_pass = is_unreachable or _can_pass(failure) or (storage.has_succeeded and s3.is_expired(failure))
+        can_pass = is_unreachable or _can_pass(failure) or (storage.has_succeeded and s3.is_out_of_date(failure))
         if not can_pass or begun is None:
             storage.answered()
             raise StorageError(f"{redact(url)}: the storage failed: {words}") from failure
@@ -209,19 +209,26 @@ def info(url: str, *, fresh: bool = False) -> Mapping[str, Any]:
     """fsspec's description of a remote file or directory: its type, its size, and more that depends on the storage."""
     fs, path = filesystem(url, fresh=fresh)
     try:
-        try:
-            found: Mapping[str, Any] = fs.info(path)
-        except PermissionError:
-            if not s3.is_s3(fs):
-                raise
-            s3.explain_denial(fs, path)
-            found = fs.info(path)  # our keys may have been renewed meanwhile
+        found: Mapping[str, Any] = _explaining_denials(fs, path, lambda: fs.info(path))
     except FileNotFoundError as error:
         # fsspec says so of a web server, whatever was the matter.
         if not s3.is_s3(fs) and isinstance(error.__cause__, _loaded(_CLIENT_ERRORS)):
             raise error.__cause__ from None
         raise
     return found
+
+
+def _explaining_denials(fs: Any, path: str, ask: Callable[[], T]) -> T:
+    """Call `ask`, which asks for a file's description. If S3 denies it, find out whether it denies the file."""
+    try:
+        return ask()
+    except PermissionError:
+        if not s3.is_s3(fs) or s3.is_denied(fs, path):
+            raise
+    try:
+        return ask()  # our keys may have been renewed meanwhile
+    except PermissionError as error:
+        raise OSError(errno.EAGAIN, "S3 denies a description of what it gives") from error
 
 
 def version_of(info: Mapping[str, Any]) -> str:
@@ -249,7 +256,11 @@ def open_handle(url: str) -> IO[bytes]:
     if "memory" in fs.protocol:  # its `open` gives every caller the same file object
         return io.BytesIO(fs.cat_file(path))
     cache_options = {"maxblocks": _BLOCKS_PER_HANDLE}
-    handle: IO[bytes] = fs.open(
-        path, "rb", block_size=_BLOCK_BYTES, cache_type="blockcache", cache_options=cache_options
-    )
-    return handle
+
+    def open_it() -> IO[bytes]:
+        handle: IO[bytes] = fs.open(
+            path, "rb", block_size=_BLOCK_BYTES, cache_type="blockcache", cache_options=cache_options
+        )
+        return handle
+
+    return _explaining_denials(fs, path, open_it)

@@ -3,7 +3,7 @@
 While a storage fails with errors that can pass, every request to it is tried again, after pauses that grow and have
 full jitter, until nothing has been got from it for `patience_s` seconds. That budget is the storage's, not the file's:
 when a storage is down, a thousand files wait together and end together. A file that fails while others can be read has
-a budget of its own, as long.
+a budget of its own, as long, which starts anew when the storage comes back from an outage.
 
 With each fault, the number of requests in flight to the storage is halved. With each success it grows again.
 """
@@ -11,6 +11,7 @@ With each fault, the number of requests in flight to the storage is halved. With
 import contextlib
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -37,6 +38,10 @@ FOREIGN_PATIENCE_S: Final = 20.0
 
 _FOREIGN_REMEMBERED_S: Final = 300.0
 """For this long after such a host was given up, its images are given up at once."""
+
+_OUTAGE_S: Final = 60.0
+"""A storage that gave nothing for this long was down. It is longer than the time between two renewals of a claim, so
+that a few files which always fail are not taken for an outage."""
 
 _FIRST_PAUSE_S: Final = 0.5
 _LONGEST_PAUSE_S: Final = 10.0
@@ -70,6 +75,7 @@ class Storage:
         self._has_answered = False
         self._has_succeeded = False
         self._failing_since: float | None = None
+        self._back_since = 0.0
         self._last_fault = 0.0
         self._failing: set[str] = set()
         self._is_unreachable = False
@@ -86,8 +92,8 @@ class Storage:
 
     @property
     def has_succeeded(self) -> bool:
-        """Whether it has done in this process what it was asked for."""
-        return self._has_succeeded
+        """Whether it has done what it was asked for: for this process, or for the driver of this worker."""
+        return self._has_succeeded or _is_worker()
 
     @property
     def failure(self) -> str:
@@ -127,6 +133,9 @@ class Storage:
         """It has done what it was asked for."""
         with self._changed:
             self._has_answered = self._has_succeeded = True
+            now = time.monotonic()
+            if self._failing_since is not None and len(self._failing) > 1 and now - self._failing_since >= _OUTAGE_S:
+                self._back_since = now
             self._failing_since = None
             self._failing.clear()
             self._is_unreachable = False
@@ -164,10 +173,11 @@ class Storage:
         """
         if self.name == "":
             patience = min(patience, _LOCAL_PATIENCE_S)
-        elif is_unreachable and not self._has_answered:
+        elif is_unreachable and not (self._has_answered or _is_worker()):
             patience = min(patience, _FIRST_CONTACT_S)
         with self._changed:
             now = time.monotonic()
+            started = max(started, self._back_since)  # an outage is not the file's fault
             since = started if self.name == "" or self._failing_since is None else self._failing_since
             # One file that always fails does not say that the storage is down.
             if now - since >= patience and (self._is_unreachable or len(self._failing) > 1):
@@ -190,9 +200,16 @@ class Storage:
         if self._is_over(started):
             return
         longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(num_tries, 10))
-        end = min(time.monotonic() + random.uniform(0, longest), started + patience)
+        deadline = max(started, self._back_since) + patience
+        end = min(time.monotonic() + random.uniform(0, longest), deadline)
         while (left_s := end - time.monotonic()) > 0 and not self._is_over(started):
             time.sleep(min(left_s, _POLL_S))
+
+
+def _is_worker() -> bool:
+    """Whether this process is a worker of Ray. Its driver asks every storage before it starts a worker."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
 
 
 class _Holding(threading.local):

@@ -48,7 +48,14 @@ _PASSING_CODES: Final = {
 }
 """Error codes that pass, whatever their HTTP status is. Of the other codes, those with status 408, 429 and 5xx pass."""
 
-_EXPIRED_CODES: Final = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
+_OUT_OF_DATE_CODES: Final = {
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "RequestExpired",
+    "TokenRefreshRequired",
+    "RequestTimeTooSkewed",
+}
+"""Error codes that S3 gives to keys that have expired, and to a clock that is wrong."""
 
 PASSING_ERRNOS: Final = {getattr(errno, "EREMOTEIO", errno.EIO), errno.EBUSY, errno.EIO}
 """Errors that can pass. s3fs turns HTTP status 5xx into EREMOTEIO, throttling into EBUSY, unknown codes into EIO."""
@@ -130,17 +137,30 @@ def list_page(fs: Any, prefix: str, token: str | None, *, flat: bool) -> Page:
     return Page(objects, answer["NextContinuationToken"] if answer.get("IsTruncated") else None)
 
 
-def explain_denial(fs: Any, path: str) -> None:
-    """Raise what S3 says about our keys, if it denies them altogether.
+def is_denied(fs: Any, path: str) -> bool:
+    """Whether S3 denies an object or a bucket of which it has just denied a description.
 
     The answer to a question for a description has no body, and does not say why it denies: the object may be denied, or
     our keys may have expired.
+
+    Raises:
+        OSError: what S3 says about our keys.
     """
     try:
-        list_page(fs, f"s3://{path}", None, flat=True)
+        if "/" in path:
+            read_range(fs, path, 0, 1)
+        else:
+            list_page(fs, f"s3://{path}", None, flat=True)
+    except FileNotFoundError:
+        return False
     except PermissionError as error:
         if not is_about_one_object(error):
             raise
+        return True
+    except OSError as error:
+        if not is_invalid_range(error):  # of an empty object
+            raise
+    return False
 
 
 def read(fs: Any, path: str) -> bytes:
@@ -215,9 +235,12 @@ def can_pass(error: Exception) -> bool | None:
     return code not in _NO_CONDITIONS_CODES and (status >= 500 or status in (408, 429))
 
 
-def is_expired(error: Exception) -> bool:
-    """Whether S3 says that our keys have expired. If they worked before, somebody may be about to renew them."""
-    return _code_of(error) in _EXPIRED_CODES
+def is_out_of_date(error: Exception) -> bool:
+    """Whether S3 says that our keys have expired, or that our clock is wrong.
+
+    If S3 took our requests before, somebody may be about to renew the keys, or to set the clock.
+    """
+    return _code_of(error) in _OUT_OF_DATE_CODES
 
 
 def is_invalid_range(error: Exception) -> bool:
