@@ -1,6 +1,9 @@
 """What a later run of `predict` does with what earlier runs left, and what `verify` says of an output."""
 
 import json
+import warnings
+import zipfile
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -133,6 +136,53 @@ def test_an_image_without_a_version_is_compared_by_its_bytes(
     assert all(row in rows for row in first)
     assert run("https://example.org", output, model, retry_errors=True).books.error == 1
     assert verify(str(output)).rows == 4
+
+
+# An archive that has a name twice, and an address where nobody listens.
+
+
+def test_two_members_of_one_name_are_two_rows(tmp_path: Path, model: str) -> None:
+    one, two, three = encoded_drawings(3)
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as opened, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile warns of a name that it writes twice
+        for name, picture in (("cat.jpg", one), ("dog.jpg", two), ("cat.jpg", three)):
+            opened.writestr(name, picture)
+    output = tmp_path / "out"
+    record = run(tmp_path / "all.zip", output, model)
+    assert record.books == Books(listed=3, ok=3, error=0, already_done=0, duplicate=0)
+    rows = rows_of(output).to_pylist()
+    assert Counter(row["uri"] for row in rows) == {
+        f"zip://cat.jpg::{tmp_path}/all.zip": 2,
+        f"zip://dog.jpg::{tmp_path}/all.zip": 1,
+    }
+    assert len({row["source_version"] for row in rows}) == 3
+    assert len({row["image_id"] for row in rows}) == 3
+    separate = tmp_path / "separate"
+    separate.mkdir()
+    for number, picture in enumerate((one, two, three)):
+        (separate / f"{number}.jpg").write_bytes(picture)
+    run(separate, tmp_path / "one-by-one", model)
+    expected = {row["image_id"]: row["prob_dog"] for row in rows_of(tmp_path / "one-by-one").to_pylist()}
+    assert {row["image_id"]: row["prob_dog"] for row in rows} == expected
+    again = run(tmp_path / "all.zip", output, model)
+    assert (again.books.already_done, again.parts) == (3, [])
+    assert verify(str(output)).rows == 3
+
+
+def test_images_on_a_dead_host_are_rows(photos: Path, tmp_path: Path, model: str, capsys: Any) -> None:
+    dead = [f"http://127.0.0.1:1/{number}.jpg" for number in range(2)]
+    listed = manifest(tmp_path / "all.parquet", [*sorted(photos.glob("*.jpg")), *dead])
+    for allowed, exit_code in (("0.5", 0), ("0.1", 3)):
+        output = tmp_path / f"out-{exit_code}"
+        line = ["predict", "--images", str(listed), "--output", str(output), "--model", model, "--executor", "inline"]
+        assert cli.main([*line, "--max-failed-fraction", allowed]) == exit_code
+        out, err = capsys.readouterr()
+        assert "  errors   2 unreachable" in out
+        assert "8 listed = 6 ok + 2 error + 0 already done + 0 duplicate" in out
+        assert ("--max-failed-fraction allows 0.1" in err) == (exit_code == 3)
+        failed = {row["uri"]: row["error_code"] for row in rows_of(output).to_pylist() if row["status"] == "error"}
+        assert failed == dict.fromkeys(dead, "unreachable")
+        assert verify(str(output)).rows == 8
 
 
 # Verifying.

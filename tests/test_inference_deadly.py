@@ -4,10 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from inference_case import encoded_drawings, rows_of
+from inference_case import archive, descendants, encoded_drawings, is_alive, rows_of
 
 from catdog.inference import trial, verify
 from catdog.storage import SourceFile, list_images
@@ -26,6 +27,11 @@ def decode(data, *args, honest=catdog.images.decode):
     return honest(data, *args)
 
 catdog.images.decode = decode
+
+if "CATDOG_TEST_SLICE" in os.environ:
+    from catdog.inference import plan
+
+    plan.MAX_SLICE_SIZE = int(os.environ["CATDOG_TEST_SLICE"])
 """
 """What a Python process runs first that has it on its path: a decoder that some images crash."""
 
@@ -92,7 +98,7 @@ def test_an_image_that_kills_actors_is_a_row(tmp_path: Path, model: str) -> None
 
 
 @pytest.mark.usefixtures("deadly")
-def test_an_image_that_kills_the_command_is_a_row_of_the_next_run(tmp_path: Path, model: str) -> None:
+def test_an_image_that_kills_a_process_which_calls_predict_is_a_row_of_the_next_run(tmp_path: Path, model: str) -> None:
     images = photographs(tmp_path / "photos", 60, {7: "SIGSEGV", 8: "SIGABRT", 59: "SIGKILL"})
     output = tmp_path / "out"
     assert command(images, output, model, "inline").returncode in {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGKILL}
@@ -100,3 +106,94 @@ def test_an_image_that_kills_the_command_is_a_row_of_the_next_run(tmp_path: Path
     assert result.stdout == "60 listed = 57 ok + 3 error + 0 already done + 0 duplicate\n", result.stderr
     assert errors_of(output) == dict.fromkeys(["0007.jpg", "0008.jpg", "0059.jpg"], "decoder_died")
     assert verify(str(output)).rows == 60
+
+
+# The command line.
+
+
+PROGRAM = [sys.executable, "-c", "import sys; from catdog.cli import main; sys.exit(main())", "predict"]
+
+
+def command_line(images: Path, output: Path, model: str) -> list[str]:
+    return [*PROGRAM, "--images", str(images), "--output", str(output), "--model", model, "--executor", "inline"]
+
+
+@pytest.mark.usefixtures("deadly")
+def test_images_that_kill_the_command_are_rows_of_the_same_run(tmp_path: Path, model: str) -> None:
+    """Some beside each other, and some so far apart that others are published between two deaths."""
+    poisons = dict.fromkeys(range(0, 24, 2), "SIGSEGV") | {39: "SIGKILL", 700: "SIGABRT", 1399: "SIGABRT"}
+    images = photographs(tmp_path / "photos", 1400, poisons)
+    output = tmp_path / "out"
+    line = command_line(images, output, model)
+    result = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"CATDOG_TEST_SLICE": "20"})
+    assert result.returncode == 0, result.stderr
+    assert 2 <= result.stderr.count("The process that labels died of SIG") <= 4, result.stderr
+    assert "error: " not in result.stderr
+    assert result.stdout.startswith("Labelled ")
+    assert errors_of(output) == dict.fromkeys([f"{number:04}.jpg" for number in poisons], "decoder_died")
+    assert verify(str(output)).rows == 1400
+    assert len(list(output.glob("_runs/*.json"))) == 1
+
+
+@pytest.mark.parametrize("name", ["SIGSEGV", "SIGKILL"])
+def test_a_death_that_has_nothing_to_do_with_images_is_one_error(
+    tmp_path: Path, model: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = photographs(tmp_path / "photos", 3, {})
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "duckdb.py").write_text(f"import os, signal\nos.kill(os.getpid(), signal.{name})")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    result = subprocess.run(command_line(images, tmp_path / "out", model), capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (1, "")
+    *warnings, error = result.stderr.splitlines()
+    assert [warning.split(" WARNING ")[1] for warning in warnings] == [
+        f"The process that labels died of {name}, and is started again"
+    ] * 3
+    assert error == (
+        f"error: the process that labels must not die 4 times in a row without publishing anything. Received: {name}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "to", "exit_code"),
+    [
+        (signal.SIGINT, "group", 130),
+        (signal.SIGTERM, "process", 143),
+        (signal.SIGKILL, "process", -signal.SIGKILL),
+    ],
+)
+def test_a_signal_ends_the_command_and_its_child(
+    tmp_path: Path, model: str, number: signal.Signals, to: str, exit_code: int
+) -> None:
+    images, output = archive(tmp_path / "train.zip", 4000), tmp_path / "out"
+    line = command_line(images, output, model)
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
+        while not list(output.glob("part-*")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        family = descendants(process.pid)
+        assert len(family) == 1
+        (os.killpg if to == "group" else os.kill)(process.pid, number)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (exit_code, b"")
+        assert b"started again" not in err
+    deadline = time.monotonic() + 10
+    while any(map(is_alive, family)):
+        assert time.monotonic() < deadline
+    is_clean = exit_code in (130, 143)
+    assert bool(list(output.glob(".catdog-claim-*"))) != is_clean
+    assert 0 < verify(str(output)).rows < 4000
+
+
+def test_a_command_that_is_stopped_goes_on(tmp_path: Path, model: str) -> None:
+    images, output = archive(tmp_path / "train.zip", 4000), tmp_path / "out"
+    with subprocess.Popen(command_line(images, output, model), stdout=subprocess.PIPE) as process:
+        while not list(output.glob("part-*")):
+            time.sleep(0.01)
+        (child,) = descendants(process.pid)
+        process.send_signal(signal.SIGTSTP)
+        assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+        assert Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        process.send_signal(signal.SIGCONT)
+        assert process.communicate(timeout=60)[0].startswith(b"Labelled 4,000 images")
+        assert process.returncode == 0

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fault_proxy import FAULTS, Fault, FaultProxy
-from ray_case import small_ray
 from s3_server import S3Server
 from storage_case import FlakyS3, write_manifest
 
@@ -309,6 +308,7 @@ def test_a_denial_that_tells_no_reason_is_not_blamed_on_the_file(
 @pytest.mark.slow
 def test_a_worker_of_ray_trusts_the_address_and_the_keys_that_its_driver_has_used() -> None:
     import ray
+    from ray_case import small_ray
 
     def trusts() -> tuple[bool, bool]:
         known = outages.known("s3://b")

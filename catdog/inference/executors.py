@@ -8,7 +8,7 @@ import json
 import time
 import warnings
 import zlib
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, Final, Literal
 
@@ -20,8 +20,12 @@ from catdog.inference.work import MAX_UNDER_WAY, Job, SliceResult, Worker
 from catdog.storage import SourceFile
 
 _MAX_RESTARTS: Final = 3
-"""How many times an actor that died is started again, and a slice whose actor died is tried again. Ray Data's default
-is to try for ever."""
+"""How many times an actor that died is started again. Ray Data's default is for ever. The loss of its node is no death
+of an actor."""
+
+_MAX_TASK_RETRIES: Final = -1
+"""A slice is tried again as long as its actor is started again. Ray gives a slice to the actors of a lost node once a
+second until it notices the loss, which takes it some 15 s, and each time counts."""
 
 _SLICES_PER_RAY_DATA_JOB: Final = 10_000
 """Largest number of slices of one Ray Data job, some four million images. The driver holds these slices in memory,
@@ -32,6 +36,9 @@ _MAX_IN_FLIGHT: Final = 2
 
 _MAX_WAIT_S: Final = 20.0
 """Longest wait for a cluster to have any CPU at all."""
+
+after_publishing: Callable[[], object] = bool
+"""Is called each time the threads of this process have published a part. The command line sets it."""
 
 
 def chosen(executor: Executor, ray_address: str | None) -> Literal["inline", "ray"]:
@@ -56,8 +63,8 @@ def run(
             have one CPU each and label whole slices.
         job: what to label with, and where to publish.
         slices: the slices of the plan.
-        num_workers: number of decoding threads (`inline`) or of actors (`ray`); None for one per core of this machine
-            or per CPU of the cluster.
+        num_workers: number of decoding threads (`inline`) or largest number of actors (`ray`); None for one per core of
+            this machine, or per CPU that the cluster has at the time.
         ray_address: address of the cluster, as for `catdog.ray_session.connect`.
 
     Raises:
@@ -65,16 +72,20 @@ def run(
     """
     if executor == "inline":
         with Worker(job, num_workers) as worker:
-            yield from worker.run(slices, num_suspects=MAX_UNDER_WAY if job.is_after_death else 0)
+            for result in worker.run(slices, num_suspects=MAX_UNDER_WAY if job.is_after_death else 0):
+                if result.is_published:
+                    after_publishing()
+                yield result
         return
     with ray_session.connect(ray_address):
-        num_actors = num_workers or _num_cluster_cpus()
+        _wait_for_a_cpu()
         remaining = iter(slices)
         while group := list(itertools.islice(remaining, _SLICES_PER_RAY_DATA_JOB)):
-            yield from _run_ray_data_job(job, [_pack(piece) for piece in group], min(num_actors, len(group)))
+            max_actors = min(num_workers or len(group), len(group))
+            yield from _run_ray_data_job(job, [_pack(piece) for piece in group], max_actors)
 
 
-def _run_ray_data_job(job: Job, packed: list[bytes], num_actors: int) -> Iterator[SliceResult]:
+def _run_ray_data_job(job: Job, packed: list[bytes], max_actors: int) -> Iterator[SliceResult]:
     """Label packed slices in one Ray Data job. Yields the result of each as it is done."""
     import ray
     import ray.data
@@ -84,9 +95,13 @@ def _run_ray_data_job(job: Job, packed: list[bytes], num_actors: int) -> Iterato
     context.max_consecutive_actor_init_deaths = _MAX_RESTARTS
     num_free = int(ray.available_resources().get("CPU", 0))
     slices = ray.data.from_items([{"slice": data} for data in packed], override_num_blocks=len(packed))
-    # No other operator of the job takes CPUs, so the pool may take all. It begins with those that are free, and grows.
+    # No other operator of the job takes CPUs, so the pool may take all. It begins with those that are free, grows when
+    # CPUs come, and shrinks when they go.
     pool = ray.data.ActorPoolStrategy(
-        min_size=max(1, min(num_free, num_actors)), max_size=num_actors, max_tasks_in_flight_per_actor=_MAX_IN_FLIGHT
+        min_size=1,
+        initial_size=max(1, min(num_free, max_actors)),
+        max_size=max_actors,
+        max_tasks_in_flight_per_actor=_MAX_IN_FLIGHT,
     )
     with warnings.catch_warnings():
         # Ray deprecates options that are not parameters of `map`, but the two for restarts have no parameters yet.
@@ -98,7 +113,7 @@ def _run_ray_data_job(job: Job, packed: list[bytes], num_actors: int) -> Iterato
             num_cpus=1,
             num_gpus=1 if job.use_gpu else None,
             max_restarts=_MAX_RESTARTS,
-            max_task_retries=_MAX_RESTARTS,
+            max_task_retries=_MAX_TASK_RETRIES,
         )
     try:
         for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -125,7 +140,10 @@ class _SliceLabeller:
 
         self._job = job
         self._worker: Worker | None = None
-        self._num_suspects = _MAX_IN_FLIGHT if ray.get_runtime_context().was_current_actor_reconstructed else 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray warns of a deprecated name that it uses itself
+            is_reconstructed = ray.get_runtime_context().was_current_actor_reconstructed
+        self._num_suspects = _MAX_IN_FLIGHT if is_reconstructed else 0
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
         try:
@@ -149,13 +167,12 @@ def _unpack(packed: bytes) -> Slice:
     return Slice(**fields | {"files": [SourceFile(**file) for file in fields["files"]]})
 
 
-def _num_cluster_cpus() -> int:
-    """Number of CPUs of the cluster. Waits for the first one."""
+def _wait_for_a_cpu() -> None:
+    """Wait for the cluster to have one."""
     import ray
 
     deadline = time.monotonic() + _MAX_WAIT_S
-    while (num_cpus := int(ray.cluster_resources().get("CPU", 0))) < 1:
+    while ray.cluster_resources().get("CPU", 0) < 1:
         if time.monotonic() > deadline:
             raise CatdogError(f"The cluster must have a CPU for each actor. Received: none within {_MAX_WAIT_S:g} s")
         time.sleep(1)
-    return num_cpus

@@ -23,7 +23,7 @@ from catdog.inference.sources import Root
 from catdog.labelling import PORTION_BYTES, Labelled, Verdict, load_labeller
 from catdog.portions import portions
 from catdog.provenance import redact
-from catdog.schema import PREDICTIONS_SCHEMA
+from catdog.schema import PREDICTIONS_SCHEMA, table_of
 from catdog.storage import SourceFile
 
 _PUBLISHERS: Final = 4
@@ -273,7 +273,7 @@ def _rows(job: Job, found: Sequence[tuple[SourceFile, Verdict]]) -> pa.Table:
         row |= {"uri": file.uri, "source_version": _version(file, verdict)}
         row |= {"model_id": job.model_id, "run_id": job.run_id, "predicted_at": now}
         rows.append(row)
-    return pa.Table.from_pylist(rows, schema=PREDICTIONS_SCHEMA)
+    return table_of(rows, PREDICTIONS_SCHEMA)
 
 
 def _tally(column: pa.ChunkedArray) -> dict[str, int]:
