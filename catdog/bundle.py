@@ -1,9 +1,10 @@
 """Model bundles: saving, verifying and loading a model and its card.
 
-A bundle is a directory that holds `bundle.json`, the card, which is written last, and the files that the card lists, of
-which `model.keras` is one. The SHA-256 of `bundle.json` is the id of the model. The card has the digests of the other
-files, so the id covers these too. Loading verifies all of them, and refuses a card of another format. Nothing in a
-bundle is ever executed: Keras loads the model in safe mode.
+A bundle is a directory that holds `bundle.json`, the card, which is written last, and the files that the card lists:
+`model.keras`, and the same model for OpenVINO. The SHA-256 of `bundle.json` is the id of the model. The card has the
+digests of the other files, so the id covers these too. Loading verifies all of them, and refuses a card of another
+format. Nothing in a bundle is ever executed: Keras loads the model in safe mode, and OpenVINO's files can only name
+operations that OpenVINO has.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from catdog import provenance, scratch, storage
+from catdog import openvino_ir, provenance, scratch, storage
 from catdog.errors import BundleError, StorageError
 from catdog.images import RESIZE_RULE
+from catdog.openvino_ir import IR
 from catdog.schema import CLASS_NAMES
 
 if TYPE_CHECKING:
@@ -32,6 +34,15 @@ if TYPE_CHECKING:
 
 CARD_NAME: Final = "bundle.json"
 MODEL_NAME: Final = "model.keras"
+IR_NAME: Final = "openvino/{weights}.{suffix}"
+"""OpenVINO's files: `weights` is `float` or `int8`, `suffix` one of `catdog.openvino_ir.SUFFIXES`."""
+
+Weights = Literal["float", "int8"]
+"""Of OpenVINO's models."""
+
+Arithmetic = Literal["float32", "bfloat16", "int8"]
+"""Number format in which an engine computes feature maps."""
+
 FORMAT: Final = "catdog-bundle/1"
 
 DEFAULT_URL: Final = str(Path(__file__).parent / "default_model")
@@ -52,11 +63,24 @@ def _is_file_list(value: object) -> bool:
     )
 
 
+def _is_int8(value: object) -> bool:
+    """Whether this is nothing, or what `catdog.quantization` says of an int8 model."""
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not isinstance(value.get("is_accepted"), bool):
+        return False
+    return not value["is_accepted"] or all(_FIELDS[name][1](value.get(name)) for name in _CALIBRATION)
+
+
+_CALIBRATION: Final = ("temperature", "review_threshold", "golden_logits")
+"""Fields of the card that are the float model's, and that the card has for the int8 model, too."""
+
 _FIELDS: Final[dict[str, tuple[str, Callable[[Any], bool]]]] = {
     "image_size": ("an integer of at least 1", lambda value: type(value) is int and value >= 1),
     "temperature": ("a number above 0", lambda value: _is_number(value) and value > 0),
     "review_threshold": ("a number of at least 0", lambda value: _is_number(value) and value >= 0),
     "golden_logits": ("a list of numbers", lambda value: isinstance(value, list) and all(map(_is_number, value))),
+    "int8": (f"null, or an object with is_accepted and, if that is true, {', '.join(_CALIBRATION)}", _is_int8),
     "files": ("an object of names within the bundle, each with its sha256", _is_file_list),
 }
 """The fields that a card must have besides the fixed ones: name → (rule, function that tests a value for it)."""
@@ -82,19 +106,29 @@ class Bundle:
         return int(self.card["image_size"])
 
     @property
-    def temperature(self) -> float:
+    def int8(self) -> dict[str, Any] | None:
+        """What the card says of the int8 model, which has a calibration of its own; None if there is none to use."""
+        int8 = self.card.get("int8")
+        return int8 if int8 is not None and int8["is_accepted"] else None
+
+    def temperature(self, arithmetic: Arithmetic) -> float:
         """The number that logits are divided by before the sigmoid."""
-        return float(self.card["temperature"])
+        return float(self._calibrated(arithmetic)["temperature"])
 
-    @property
-    def review_threshold(self) -> float:
+    def review_threshold(self, arithmetic: Arithmetic) -> float:
         """Confidence below which a person should review a label."""
-        return float(self.card["review_threshold"])
+        return float(self._calibrated(arithmetic)["review_threshold"])
 
-    @property
-    def golden_logits(self) -> list[float]:
-        """The logits of `golden_images` when the model was saved, computed in float32, to 4 decimals."""
-        return [float(logit) for logit in self.card["golden_logits"]]
+    def golden_logits(self, arithmetic: Arithmetic) -> list[float]:
+        """The logits of `golden_images` when the model was saved, to 4 decimals: in int8, or else in float32."""
+        return [float(logit) for logit in self._calibrated(arithmetic)["golden_logits"]]
+
+    def _calibrated(self, arithmetic: Arithmetic) -> dict[str, Any]:
+        if arithmetic != "int8":
+            return self.card
+        if self.int8 is None:
+            raise BundleError(f"{CARD_NAME} must accept the int8 model. Received: {self.url}")
+        return self.int8
 
 
 def golden_images(image_size: int) -> npt.NDArray[np.uint8]:
@@ -107,17 +141,35 @@ def golden_images(image_size: int) -> npt.NDArray[np.uint8]:
     return np.stack(planes, axis=-1).reshape(image_size, image_size, 4, 3).transpose(2, 0, 1, 3).astype(np.uint8)
 
 
+def ir_names(weights: Weights) -> dict[str, str]:
+    """Suffix → name within the bundle of the files of OpenVINO's model with these weights."""
+    return {suffix: IR_NAME.format(weights=weights, suffix=suffix) for suffix in openvino_ir.SUFFIXES}
+
+
+def ir_files(irs: Mapping[Weights, IR]) -> dict[str, bytes]:
+    """Name within the bundle → content of the files of OpenVINO's models."""
+    return {name: ir[suffix] for weights, ir in irs.items() for suffix, name in ir_names(weights).items()}
+
+
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def save(url: str, model: keras.Model, card: dict[str, Any], *, extra_files: dict[str, bytes] | None = None) -> str:
+def save(
+    url: str,
+    model: keras.Model,
+    card: dict[str, Any],
+    *,
+    irs: Mapping[Weights, IR] | None = None,
+    extra_files: dict[str, bytes] | None = None,
+) -> str:
     """Write a bundle. Its card is written last: a directory without a card is no bundle.
 
     Args:
         url: directory of the bundle.
         model: a model that `catdog.architectures.exported` made.
         card: `image_size`, `temperature`, `review_threshold`, and any other fields that describe the model.
+        irs: OpenVINO's models, if they are there already; the float one is made if not.
         extra_files: name → content of further files, which the card will list.
 
     Returns:
@@ -129,6 +181,7 @@ def save(url: str, model: keras.Model, card: dict[str, Any], *, extra_files: dic
         path = Path(directory) / MODEL_NAME
         model.save(path)
         files = {MODEL_NAME: _compressed(path), **(extra_files or {})}
+    files |= ir_files(irs or {"float": openvino_ir.float_ir(model, card["image_size"])})
     images_BHWC = golden_images(card["image_size"])
     logits_B = np.asarray(logits_model(model)(images_BHWC.astype("float32"), training=False))[:, 0]
     full_card = {
@@ -137,10 +190,16 @@ def save(url: str, model: keras.Model, card: dict[str, Any], *, extra_files: dic
         "resize_rule": RESIZE_RULE,
         **card,
         "golden_logits": [round(float(logit), 4) for logit in logits_B],
-        "files": {name: {"sha256": _sha256(data), "num_bytes": len(data)} for name, data in files.items()},
     }
+    return write(url, full_card, files)
+
+
+def write(url: str, card: dict[str, Any], files: Mapping[str, bytes]) -> str:
+    """Write a bundle's files, and then its card, to which the list of the files is added. Returns the model's id."""
     for name, data in files.items():
         storage.publish_bytes(storage.join(url, name), data)
+    listed = {name: {"sha256": _sha256(data), "num_bytes": len(data)} for name, data in files.items()}
+    full_card = card | {"files": listed}
     encoded = (json.dumps(full_card, indent=2) + "\n").encode()
     storage.publish_bytes(storage.join(url, CARD_NAME), encoded)
     return _sha256(encoded)

@@ -76,6 +76,16 @@ class Suspect(TypedDict):
     """Probability of `label`, from the model."""
 
 
+class FloatFigures(TypedDict):
+    """What the model with float weights makes of the images that the int8 model labelled."""
+
+    arithmetic: str
+    accuracy: Estimate
+    log_loss: Estimate
+    num_other_labels: int
+    """Number of images to which the two give different labels."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRecord(Record):
     """What an evaluation found: the content of `metrics.json`, and the URLs of the files."""
@@ -108,6 +118,9 @@ class EvaluationRecord(Record):
     arithmetic: str
     """Number format of the model's feature maps."""
 
+    in_float: FloatFigures | None
+    """How right the same model is with float weights, if it labels in int8."""
+
     config: dict[str, Any]
     versions: dict[str, str]
     host: provenance.Host
@@ -121,6 +134,11 @@ class EvaluationRecord(Record):
     def summary(self) -> list[str]:
         """The metrics with their 95 % confidence intervals, and the confusion matrix."""
         (cats_right, cats_wrong), (dogs_wrong, dogs_right) = self.confusion_matrix
+        in_float = []
+        if self.in_float is not None:
+            accuracy = metrics.text(self.in_float["accuracy"], percent=True)
+            log_loss = metrics.text(self.in_float["log_loss"])
+            in_float = [f"  in float   accuracy {accuracy}, log loss {log_loss}"]
         return [
             f"Evaluated {self.num_images:,} {self.split} images in {self.duration_s:,.1f} s.",
             f"  accuracy   {metrics.text(self.accuracy, percent=True)}",
@@ -129,6 +147,7 @@ class EvaluationRecord(Record):
             f"  ROC AUC    {metrics.text(self.roc_auc)}",
             f"  cats       {cats_right:,} right, {cats_wrong:,} taken for dogs",
             f"  dogs       {dogs_right:,} right, {dogs_wrong:,} taken for cats",
+            *in_float,
             f"Evaluation: {self.output}",
         ]
 
@@ -157,6 +176,9 @@ def evaluate(config: EvaluateConfig) -> EvaluationRecord:
             tables.append(table)
             gallery.add(table, images)
     predictions = pa.concat_tables(tables)
+    in_float = None
+    if labeller.engine.arithmetic == "int8":
+        in_float = _in_float(config, info, model, predictions)
 
     labels_B = pc.equal(predictions["true_label"], CLASS_NAMES[1]).to_numpy().astype(np.int64)
     prob_dog_B = predictions["prob_dog"].to_numpy()
@@ -170,13 +192,14 @@ def evaluate(config: EvaluateConfig) -> EvaluationRecord:
         format=FORMAT,
         split=config.split,
         **measured,
-        review_threshold=model.review_threshold,
+        review_threshold=model.review_threshold(labeller.engine.arithmetic),
         **metrics.review_metrics(labels_B, prob_dog_B, needs_review_B),
         suspects=suspects(predictions),
         model_id=model.model_id,
         data_digest=info.digest,
         engine=labeller.engine.name,
         arithmetic=labeller.engine.arithmetic,
+        in_float=in_float,
         config=provenance.configuration(config),
         versions=provenance.versions(),
         host=provenance.host(),
@@ -194,6 +217,21 @@ def evaluate(config: EvaluateConfig) -> EvaluationRecord:
         storage.publish_bytes(files[name], png)
     storage.publish_json(files[METRICS_NAME], record.saved())
     return record
+
+
+def _in_float(config: EvaluateConfig, info: DatasetInfo, model: bundle.Bundle, predictions: pa.Table) -> FloatFigures:
+    """Label the split again, with the model's float weights, and compare the labels with `predictions`."""
+    with load_labeller(model, "openvino-float") as labeller:
+        tables = [table for table, _ in label_split(info, config.split, labeller, config.batch_size)]
+    again = pa.concat_tables(tables)
+    labels_B = pc.equal(again["true_label"], CLASS_NAMES[1]).to_numpy().astype(np.int64)
+    measured = metrics.classification_metrics(labels_B, again["prob_dog"].to_numpy())
+    return FloatFigures(
+        arithmetic=labeller.engine.arithmetic,
+        accuracy=measured["accuracy"],
+        log_loss=measured["log_loss"],
+        num_other_labels=pc.sum(pc.not_equal(again["label"], predictions["label"])).as_py(),
+    )
 
 
 def label_split(

@@ -185,7 +185,8 @@ class Labeller:
         logits_B = self.engine.predict(decoded.pixels_BHWC)
         if not np.isfinite(logits_B).all():
             raise BundleError(f"{self.bundle.url}: the model must give finite numbers. Received: {logits_B}")
-        temperature, threshold = self.bundle.temperature, self.bundle.review_threshold
+        temperature = self.bundle.temperature(self.engine.arithmetic)
+        threshold = self.bundle.review_threshold(self.engine.arithmetic)
         prob_cat_B = calibration.probabilities(-logits_B, temperature).tolist()
         prob_dog_B = calibration.probabilities(logits_B, temperature).tolist()
         scored = iter(zip(prob_cat_B, prob_dog_B, strict=True))

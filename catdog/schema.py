@@ -5,8 +5,11 @@ file without that entry counts as version 1: the first files were written withou
 and increase the version.
 """
 
-from typing import Final
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 
 CLASS_NAMES: Final = ("cat", "dog")
@@ -120,3 +123,36 @@ PREDICTIONS_SCHEMA: Final = versioned(
     ],
 )
 """`OUTPUT/part-*.parquet`: one row per image; `status` is `ok` or `error`."""
+
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """The same table as `pyarrow.Table.from_pylist`, which imports pandas if it is installed: a quarter of a second.
+
+    Args:
+        rows: a value, or None, for every field.
+        schema: its types are strings, numbers, booleans, and microseconds in UTC.
+    """
+    columns = [_column([row[field.name] for row in rows], field.type) for field in schema]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _column(values: list[Any], data_type: pa.DataType) -> pa.Array:
+    is_valid = np.array([value is not None for value in values], bool)
+    bitmap = None if is_valid.all() else pa.py_buffer(np.packbits(is_valid, bitorder="little"))
+    if pa.types.is_string(data_type):
+        encoded = [b"" if value is None else value.encode() for value in values]
+        offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
+        return pa.Array.from_buffers(
+            data_type, len(values), [bitmap, pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
+        )
+    if pa.types.is_boolean(data_type):
+        data = np.packbits(np.array(values, bool), bitorder="little")
+    elif pa.types.is_timestamp(data_type):
+        data = np.array([0 if value is None else (value - _EPOCH) // _MICROSECOND for value in values], np.int64)
+    else:
+        data = np.array([0 if value is None else value for value in values], data_type.to_pandas_dtype())
+    return pa.Array.from_buffers(data_type, len(values), [bitmap, pa.py_buffer(data)])

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from catdog import bundle, drawings, storage
 from catdog.architectures import LOGITS_LAYER, build_model, exported
-from catdog.engines import Arithmetic
+from catdog.bundle import Arithmetic
 from catdog.inference.plan import SLICE_SIZE
 from catdog.inference.work import Job
 from catdog.schema import CLASS_NAMES

@@ -36,7 +36,12 @@ def copied(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_a_bundle_loads_as_it_was_saved(saved: Path) -> None:
     loaded = bundle.load(str(saved))
-    assert (loaded.image_size, loaded.temperature, loaded.review_threshold) == (48, 1.0, 0.9)
+    assert loaded.image_size == 48
+    for arithmetic in ("float32", "bfloat16"):
+        assert (loaded.temperature(arithmetic), loaded.review_threshold(arithmetic)) == (1.0, 0.9)
+    assert loaded.int8 is None
+    with pytest.raises(BundleError, match=r"bundle.json must accept the int8 model. Received: "):
+        loaded.temperature("int8")
     assert loaded.model_id == bundle.read_card(str(saved))[1]
     model = bundle.load_model(loaded)
     logits_B = np.asarray(architectures.logits_model(model)(bundle.golden_images(48).astype("float32")))[:, 0]
@@ -46,16 +51,16 @@ def test_a_bundle_loads_as_it_was_saved(saved: Path) -> None:
 def test_whole_numbers_are_numbers(copied: Path) -> None:
     path = copied / bundle.CARD_NAME
     path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 1, "review_threshold": 1}))
-    assert bundle.load(str(copied)).temperature == 1.0
+    assert bundle.load(str(copied)).temperature("float32") == 1.0
 
 
 @pytest.mark.slow
 def test_a_remote_bundle_lies_in_the_cache(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for path in saved.iterdir():
-        storage.publish_file(f"memory://test_bundle/{path.name}", str(path))
+    for path in saved.rglob("*.*"):
+        storage.publish_file(f"memory://test_bundle/{path.relative_to(saved)}", str(path))
     loaded = bundle.load("memory://test_bundle")
-    assert set(loaded.paths) == {bundle.MODEL_NAME, "history.csv"}
+    assert set(loaded.paths) == {bundle.MODEL_NAME, "history.csv", *bundle.ir_names("float").values()}
     for name, path in loaded.paths.items():
         assert path.is_relative_to(tmp_path / "catdog" / "models" / loaded.model_id)
         assert path.read_bytes() == (saved / name).read_bytes()
@@ -68,8 +73,8 @@ def test_a_remote_bundle_needs_no_home(copied: Path, tmp_path: Path, monkeypatch
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))  # no directory can be made there
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    for path in copied.iterdir():
-        storage.publish_file(f"memory://test_bundle/homeless/{path.name}", str(path))
+    for path in copied.rglob("*.*"):
+        storage.publish_file(f"memory://test_bundle/homeless/{path.relative_to(copied)}", str(path))
     for path in bundle.load("memory://test_bundle/homeless").paths.values():
         assert path.is_relative_to(tmp_path / f"catdog-cache-{os.getuid()}")
         assert path.is_file()
@@ -120,6 +125,9 @@ def test_a_directory_without_a_card_is_no_bundle(tmp_path: Path) -> None:
         ({"temperature": float("nan")}, "temperature must be a number above 0"),
         ({"review_threshold": None}, "review_threshold must be a number of at least 0"),
         ({"golden_logits": ["a"]}, "golden_logits must be a list of numbers"),
+        ({"int8": []}, "int8 must be null, or an object with is_accepted"),
+        ({"int8": {"is_accepted": 1}}, "int8 must be null, or an object with is_accepted"),
+        ({"int8": {"is_accepted": True, "temperature": 1}}, "int8 must be null, or an object with is_accepted"),
         ({"files": {}}, r"files must list model\.keras"),
         ({"files": {"model.keras": "0123"}}, "files must be an object of names within the bundle"),
         ({"files": {"../secret": {"sha256": "0123"}}}, "files must be an object of names within the bundle"),

@@ -5,11 +5,15 @@ import json
 import signal
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Literal, NoReturn
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from catdog import __version__, cli, drawings
 from catdog.config import BenchChaosConfig, PredictConfig, flag
@@ -41,11 +45,11 @@ def unwrapped(text: str) -> str:
 
 
 COMMANDS = (
-    "catdog must be given one of the commands demo, prepare, train, evaluate, predict, verify, bench train, "
-    "bench chaos. "
+    "catdog must be given one of the commands demo, prepare, train, evaluate, predict, convert, verify, bench train, "
+    "bench chaos, bench predict, bench startup. "
     "Received: "
 )
-BENCH = "catdog bench must be given one of the commands train, chaos. Received: "
+BENCH = "catdog bench must be given one of the commands train, chaos, predict, startup. Received: "
 TRAIN = "train --data d --output o "
 
 
@@ -56,8 +60,15 @@ TRAIN = "train --data d --output o "
         ("label", COMMANDS + "label"),
         ("--dry-run", COMMANDS + "--dry-run"),
         ("bench", BENCH + "nothing"),
-        ("bench predict", BENCH + "predict"),
+        ("bench label", BENCH + "label"),
         ("bench --data d", BENCH + "--data d"),
+        ("bench predict", "catdog bench predict needs --images and --output. Received: catdog bench predict"),
+        ("bench startup", "catdog bench startup needs --output. Received: catdog bench startup"),
+        ("convert --data d", "catdog convert needs MODEL. Received: catdog convert --data d"),
+        (
+            "predict --images i --output o --engine onnx",
+            "--engine must be one of auto, openvino, openvino-float, tensorflow. Received: --engine=onnx",
+        ),
         ("bench train", "catdog bench train needs --data and --output. Received: catdog bench train"),
         (
             "bench chaos --foo",
@@ -228,7 +239,8 @@ def test_help_lists_the_commands_and_exit_codes(capsys: pytest.CaptureFixture[st
 def test_help_of_a_group_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
     helps(["bench", "--help"])
     out = capsys.readouterr().out
-    assert [command for command in cli.COMMANDS if f"\n  {command} " in out] == ["bench train", "bench chaos"]
+    listed = [command for command in cli.COMMANDS if f"\n  {command} " in out]
+    assert listed == ["bench train", "bench chaos", "bench predict", "bench startup"]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -368,6 +380,9 @@ def test_dry_run_prints_the_resolved_configuration(capsys: pytest.CaptureFixture
         ("predict --images tests --output o --dry-run", 0),
         ("bench --help", 0),
         ("bench train --data d --output o --dry-run", 0),
+        ("bench predict --images i --output o --dry-run", 0),
+        ("bench startup --output o --dry-run", 0),
+        ("convert m --data d --dry-run", 0),
     ],
 )
 def test_answers_at_once_without_ray_or_tensorflow(line: str, exit_code: int) -> None:
@@ -378,7 +393,7 @@ def test_answers_at_once_without_ray_or_tensorflow(line: str, exit_code: int) ->
             exit_code = cli.main(sys.argv[1:])
         except SystemExit as stop:
             exit_code = stop.code
-        big = {"ray", "tensorflow", "keras", "matplotlib", "pandas", "s3fs", "scipy"}
+        big = {"ray", "tensorflow", "keras", "matplotlib", "openvino", "nncf", "pandas", "s3fs", "scipy"}
         print(len(sys.modules))
         print(exit_code, *(big & sys.modules.keys()))
     """
@@ -406,6 +421,39 @@ def test_failed_job_is_one_line_and_exit_1(capsys: pytest.CaptureFixture[str], m
 
     monkeypatch.setattr(cli, "_main", fail)
     assert fails(capsys, "train") == (1, "s3://bucket must be reachable. Received: connection refused")
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("ray", "this needs more packages: pip install 'catdog[ray]'. Received: ray is not installed"),
+        ("keras.layers", "this needs more packages: pip install 'catdog[train]'. Received: keras is not installed"),
+    ],
+)
+def test_a_missing_extra_is_one_line_and_exit_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, module: str, message: str
+) -> None:
+    def fail(args: list[str]) -> NoReturn:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr(cli, "_main", fail)
+    assert fails(capsys, "train") == (1, message)
+
+
+def test_a_missing_module_of_no_extra_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(args: list[str]) -> NoReturn:
+        raise ModuleNotFoundError("No module named 'catdog.forgotten'", name="catdog.forgotten")
+
+    monkeypatch.setattr(cli, "_main", fail)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["train"])
+
+
+def test_every_extra_that_an_error_names_brings_what_is_missing() -> None:
+    extras = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for module, extra in cli._EXTRA_OF.items():
+        listed = {canonicalize_name(Requirement(text).name) for text in extras[extra]}
+        assert listed & {canonicalize_name(name) for name in packages_distributions()[module]}, module
 
 
 def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ its check says so.
 
 import ast
 import dataclasses
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -31,8 +32,8 @@ from catdog.storage import filesystems, s3
 
 TESTS = PROJECT / "tests"
 PYPROJECT = (PROJECT / "pyproject.toml").read_text()
-NO_JOB = ("bench ",)
-"""What begins so measures the machine that it is started on, and is not for a cluster."""
+NO_JOB = ("bench ", "convert")
+"""What begins so is not for a cluster: it measures the machine that it is started on, or converts one model, once."""
 
 
 def paragraph(text: str, beginning: str) -> str:
@@ -87,9 +88,11 @@ def forgotten_of_architectures(
 def forgotten_of_engines(offered: Iterable[str] | None = None, readme: str = README) -> Iterator[str]:
     names = set(get_args(config.EngineName) if offered is None else offered) - {"auto"}
     sentence = paragraph(readme, "`--engine` chooses the library")
-    for name, module in ENGINES.items():
+    for name, (module, function) in ENGINES.items():
         if importlib.util.find_spec(module) is None:
             yield f"catdog/engines has no module for the engine {name}: engines.ENGINES names {module}"
+        elif not callable(getattr(importlib.import_module(module), function, None)):
+            yield f"{module} has no function {function}, which engines.ENGINES names for the engine {name}"
         if name not in names:
             yield f"--engine does not offer {name}: add it to EngineName in catdog/config/choices.py"
         if f"`{name}`" not in sentence.partition("`--engine` chooses")[2]:
@@ -312,11 +315,13 @@ def test_a_forgotten_place_of_an_architecture_is_named(monkeypatch: pytest.Monke
 
 
 def test_a_forgotten_place_of_an_engine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ENGINES, "abacus", "catdog.engines.abacus")
+    monkeypatch.setitem(ENGINES, "abacus", ("catdog.engines.abacus", "load"))
+    monkeypatch.setitem(ENGINES, "rule", ("catdog.engines.openvino", "slide"))
     for sentence in (
         "catdog/engines has no module for the engine abacus: engines.ENGINES names catdog.engines.abacus",
         "--engine does not offer abacus: add it to EngineName in catdog/config/choices.py",
         "README's sentence about --engine does not name abacus",
+        "catdog.engines.openvino has no function slide, which engines.ENGINES names for the engine rule",
     ):
         says(forgotten_of_engines(), sentence)
     monkeypatch.delitem(ENGINES, "abacus")

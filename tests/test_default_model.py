@@ -12,23 +12,27 @@ from inference_case import encoded_drawings
 
 from catdog import bundle
 from catdog.cli import main
+from catdog.config import EngineName
 from catdog.engines import load_engine
 from catdog.schema import CLASS_NAMES
 
 NUM_PHOTOGRAPHS = 40
+NAMES: tuple[EngineName, ...] = ("openvino", "openvino-float", "tensorflow")
 
 
 @pytest.mark.slow
 def test_it_loads_and_computes_what_it_did_when_it_was_saved() -> None:
-    engine = load_engine(bundle.load(None))  # which compares its golden logits
-    assert engine.name == "tensorflow"
+    engines = {name: load_engine(bundle.load(None), name) for name in NAMES}  # which compares golden logits
+    assert engines["openvino"].arithmetic == "int8"
+    assert load_engine(bundle.load(None)).name == "openvino"
 
 
 def test_it_is_small_and_says_where_it_is_from() -> None:
-    files = [path for path in Path(bundle.DEFAULT_URL).iterdir() if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 16 * 2**20
+    files = [path for path in Path(bundle.DEFAULT_URL).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 32 * 2**20
     card, _ = bundle.read_card(None)
-    assert {path.name for path in files} == {*card["files"], bundle.CARD_NAME, "README.md"}
+    names = {str(path.relative_to(bundle.DEFAULT_URL)) for path in files}
+    assert names == {*card["files"], bundle.CARD_NAME, "README.md"}
     assert card["pretrained_weights"].startswith("efficientnet_lite")
     assert not any(isinstance(value, str) and value.startswith("/") for value in card["training_config"].values())
     text = (Path(bundle.DEFAULT_URL) / "README.md").read_text()

@@ -7,21 +7,23 @@ import inspect
 import io
 import re
 import shlex
+import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pytest
 from test_layers import LAYERS, PACKAGE, files, part_of
 
-from catdog import bundle, cli, errors, images, metrics, schema, storage
+from catdog import bundle, cli, errors, images, metrics, quantization, schema, storage
 from catdog.bench.chaos import BenchChaosRecord, Outcome
 from catdog.bench.train import BenchTrainRecord, Figure
 from catdog.config import flag
 from catdog.dataset.pipeline import PrepareRecord
 from catdog.demo import DemoRecord
-from catdog.evaluation import EvaluationRecord
+from catdog.engines import GOLDEN_TOLERANCES
+from catdog.evaluation import EvaluationRecord, FloatFigures
 from catdog.inference.books import Books, RunRecord
 from catdog.records import Record, percent
 from catdog.training import TrainRecord
@@ -74,6 +76,10 @@ def table(text: str, first_header: str) -> list[list[str]]:
             break
         rows.append([cell.strip() for cell in line.strip("|").split("|")])
     return rows
+
+
+def unwrapped(text: str) -> str:
+    return " ".join(text.split())
 
 
 def codes(cell: str) -> list[str]:
@@ -163,7 +169,7 @@ def test_the_parser_takes_every_command_of_the_console_blocks(name: str) -> None
 
 def test_the_readme_shows_every_job_at_work() -> None:
     shown = {parsed(line) for line in commands(README)}
-    assert shown >= {"prepare", "train", "evaluate", "predict", "bench train", "bench chaos"}
+    assert shown >= cli.COMMANDS.keys() - {"demo", "verify"}  # `make demo` stands for one; the other is in the text
 
 
 def test_the_examples_of_the_help_are_parsed() -> None:
@@ -223,6 +229,34 @@ def test_the_limits_are_those_of_the_code() -> None:
     ((_, text),) = (row for row in table(README, "error code") if row[0] == "`too_large`")
     assert f"{storage.MAX_BYTES // 2**20} MiB" in text
     assert f"{images.MAX_PIXELS:,} pixels" in text
+
+
+def test_the_files_of_a_bundle_are_those_of_the_code() -> None:
+    """OpenVINO's, and those of the bundle that ships, which `catdog train` wrote."""
+    card, _ = bundle.read_card(None)
+    irs = {name for weights in get_args(bundle.Weights) for name in bundle.ir_names(weights).values()}
+    listed = [name for row in table(README, "file of a model bundle") for name in codes(row[0])]
+    assert sorted(listed) == sorted({bundle.CARD_NAME, *card["files"], *irs})
+
+
+def test_the_rules_for_int8_and_for_golden_logits_are_those_of_the_code() -> None:
+    text = unwrapped(README)
+    assert f"validation accuracy is at most {100 * quantization.MAX_ACCURACY_LOSS:.2f} points lower" in text
+    assert f"log loss at most {100 * (quantization.MAX_LOG_LOSS_RATIO - 1):.0f} % higher" in text
+    assert GOLDEN_TOLERANCES["bfloat16"] == GOLDEN_TOLERANCES["int8"]
+    assert f"by more than {GOLDEN_TOLERANCES['float32']:g} in float32" in text
+    assert f"{GOLDEN_TOLERANCES['int8']:g} in bfloat16 or int8" in text
+
+
+def test_the_extras_are_those_of_the_package() -> None:
+    extras = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    listed = [extra for row in table(README, "extra") for extra in codes(row[0])]
+    assert listed == [extra for extra in extras if extra != "dev"]
+
+
+def test_the_error_of_a_missing_extra_is_the_one_that_is_printed() -> None:
+    error = ModuleNotFoundError("No module named 'keras'", name="keras")
+    assert f"error: {cli._missing_extra(error)}" in unwrapped(README)
 
 
 def exit_codes() -> set[int]:
@@ -356,7 +390,10 @@ def run_record(output: str, errors: dict[str, int], *, num_ok: int = 3) -> RunRe
     return record
 
 
-def evaluation_record(output: str, files: dict[str, str]) -> EvaluationRecord:
+IN_FLOAT: FloatFigures = {"arithmetic": "bfloat16", "accuracy": ESTIMATE, "log_loss": ESTIMATE, "num_other_labels": 1}
+
+
+def evaluation_record(output: str, files: dict[str, str], *, is_int8: bool) -> EvaluationRecord:
     record: EvaluationRecord = made(
         EvaluationRecord,
         output=output,
@@ -368,6 +405,7 @@ def evaluation_record(output: str, files: dict[str, str]) -> EvaluationRecord:
         log_loss=ESTIMATE,
         expected_calibration_error=ESTIMATE,
         roc_auc=ESTIMATE,
+        in_float=IN_FLOAT if is_int8 else None,
         duration_s=1.5,
     )
     return record
@@ -416,12 +454,16 @@ def test_the_page_of_the_model_that_ships_has_the_figures_of_its_card() -> None:
     card, _ = bundle.read_card(None)
     ((_, text),) = (row for row in table(text_of("catdog/default_model/README.md"), "") if row[0] == "Validation")
     num_images = card["validation"]["num_images"]
-    assert text == f"{percent(card['metrics']['val_accuracy'])} of {num_images:,} photographs right"
+    right = card["validation"]["accuracy"]["value"]
+    assert card["int8"]["validation"]["accuracy"]["value"] == right
+    assert text == f"{percent(right)} of {num_images:,} photographs right, in int8 and in float"
 
 
 def test_evaluate_prints_what_the_readme_shows() -> None:
     shown = printed("catdog evaluate --data data --model model --output evaluation")
-    check_printed(shown, evaluation_record("evaluation", {}))
+    card, _ = bundle.read_card(None)  # of the model that README trains
+    int8 = card.get("int8")
+    check_printed(shown, evaluation_record("evaluation", {}, is_int8=int8 is not None and int8["is_accepted"]))
 
 
 def test_predict_prints_what_the_readme_shows() -> None:
@@ -447,7 +489,11 @@ def test_the_demo_prints_what_the_readme_shows() -> None:
         prepare=prepare_record("catdog-demo/data", counts(rejected.partition(":")[2])),
         train=train_record("catdog-demo/model", "cnn"),
         predict=run_record("catdog-demo/predictions", counts(failed.removeprefix("  errors"))),
-        evaluate=evaluation_record("catdog-demo/evaluation", {name: name.strip() for name in pictures}),
+        evaluate=evaluation_record(
+            "catdog-demo/evaluation",
+            {name: name.strip() for name in pictures},
+            is_int8=any(name.startswith("  in float ") for name in shown),
+        ),
     )
     check_printed(shown, record)
 

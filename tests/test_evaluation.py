@@ -147,7 +147,7 @@ def test_evaluate_measures_and_writes(
     assert saved["accuracy"]["value"] == pytest.approx(7 / 9)
     assert saved["per_class"]["dog"]["recall"]["value"] == pytest.approx(4 / 5)
     prob_true = [prob_dog_of(redness if label else -redness) for label, redness in ANSWERS]
-    assert saved["log_loss"]["value"] == pytest.approx(-np.log(prob_true).mean(), rel=1e-4)
+    assert saved["log_loss"]["value"] == pytest.approx(-np.log(prob_true).mean(), rel=1e-3)
     # One of nine is left to a person; of the other eight, six are right.
     assert saved["review_threshold"] == REVIEW_THRESHOLD
     assert saved["coverage"]["value"] == pytest.approx(8 / 9)
@@ -163,7 +163,7 @@ def test_evaluate_measures_and_writes(
     assert table["image_id"].to_pylist() == [row["image_id"] for row in rows_of(ANSWERS)]
     assert table["true_label"].to_pylist() == ["cat"] * 4 + ["dog"] * 5
     assert table["label"].to_pylist() == ["cat"] * 3 + ["dog"] * 5 + ["cat"]
-    assert table["prob_dog"].to_pylist() == pytest.approx([prob_dog_of(redness) for _, redness in ANSWERS], rel=1e-4)
+    assert table["prob_dog"].to_pylist() == pytest.approx([prob_dog_of(redness) for _, redness in ANSWERS], rel=1e-3)
     assert table["needs_review"].to_pylist() == [index == 6 for index in range(9)]
 
     # The surest disagreement first.
@@ -328,8 +328,8 @@ def test_a_label_that_is_neither_class_is_a_damaged_dataset(model: str, tmp_path
 def test_object_storage_for_everything(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     root = "memory://test_evaluation"
-    for path in Path(model).iterdir():
-        storage.publish_file(storage.join(root, "model", path.name), str(path))
+    for path in Path(model).rglob("*.*"):
+        storage.publish_file(storage.join(root, "model", str(path.relative_to(model))), str(path))
     data = write_dataset(storage.join(root, "data"), [rows_of(ANSWERS)])
     for _ in range(2):  # the second replaces the first
         record = evaluated(data, storage.join(root, "model"), storage.join(root, "evaluation"))

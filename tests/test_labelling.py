@@ -14,8 +14,7 @@ import pytest
 from inference_case import Says, encoded_drawings
 
 from catdog import labelling
-from catdog.bundle import Bundle
-from catdog.engines import Arithmetic
+from catdog.bundle import Arithmetic, Bundle
 from catdog.errors import BundleError, ImageError, StorageError
 from catdog.images import decode
 from catdog.labelling import Contents, Labelled, Labeller, Verdict

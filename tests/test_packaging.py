@@ -1,12 +1,16 @@
 """What is installed: one top-level package, and the libraries that it imports."""
 
+import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+from inference_case import encoded_drawings
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from setuptools import find_packages
@@ -21,8 +25,24 @@ NOT_IMPORTED = {
 }
 
 
+EXTRAS = PYPROJECT["project"]["optional-dependencies"]
+PEERS = {"daft": "only `catdog bench predict` imports it, where it is installed"}
+
+
+def names(listed: list[str]) -> set[str]:
+    """The distributions of a list of requirements. An extra of our own stands for its list."""
+    found = set()
+    for requirement in map(Requirement, listed):
+        if requirement.name == "catdog":
+            found |= set().union(*(names(EXTRAS[extra]) for extra in requirement.extras))
+        else:
+            found.add(canonicalize_name(requirement.name))
+    return found
+
+
 def required() -> set[str]:
-    return {canonicalize_name(Requirement(text).name) for text in PYPROJECT["project"]["dependencies"]}
+    """What the whole of catdog needs."""
+    return names(PYPROJECT["project"]["dependencies"] + EXTRAS["train"])
 
 
 def imported() -> Iterator[tuple[str, str]]:
@@ -43,7 +63,7 @@ def test_only_catdog_is_installed() -> None:
 
 
 def test_every_import_is_a_requirement() -> None:
-    missing = {(name, where) for name, where in imported() if name not in required()}
+    missing = {(name, where) for name, where in imported() if name not in required() | set(PEERS)}
     assert missing == set()
 
 
@@ -51,7 +71,70 @@ def test_every_requirement_is_imported() -> None:
     assert required() - {name for name, _ in imported()} == set(NOT_IMPORTED)
 
 
-@pytest.mark.parametrize("extra", PYPROJECT["project"]["optional-dependencies"])
+@pytest.mark.parametrize("extra", EXTRAS)
 def test_no_extra_repeats_a_requirement(extra: str) -> None:
-    listed = PYPROJECT["project"]["optional-dependencies"][extra]
-    assert not {canonicalize_name(Requirement(text).name) for text in listed} & required()
+    assert not names(EXTRAS[extra]) & names(PYPROJECT["project"]["dependencies"])
+
+
+LEAN = """
+import sys
+for name in {forbidden!r}:
+    sys.modules[name] = None  # as if it were not installed
+from catdog import cli
+code = cli.main({argv!r})
+print(*sorted(name for name, module in sys.modules.items() if module is not None and "." not in name), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def lean(argv: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command as where only what labelling needs is installed."""
+    base = names(PYPROJECT["project"]["dependencies"])
+    forbidden = sorted(
+        module
+        for module, owners in packages_distributions().items()
+        if {*map(canonicalize_name, owners)} & required() - base
+    )
+    code = LEAN.format(forbidden=[*forbidden, "pandas"], argv=argv)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_labelling_needs_neither_tensorflow_nor_ray(tmp_path: Path) -> None:
+    (photograph,) = encoded_drawings(1)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(photograph)
+    output = tmp_path / "out"
+    ran = lean(["predict", "--images", str(tmp_path / "photos"), "--output", str(output)])
+    assert ran.returncode == 0, ran.stderr
+    (part,) = output.glob("*.parquet")
+    assert pq.read_table(part)["status"].to_pylist() == ["ok"]
+    imported = set(ran.stderr.splitlines()[-1].split())
+    assert "openvino" in imported
+    assert not imported & {"botocore", "s3fs", "aiohttp", "h5py", "unittest", "openvino_telemetry"}
+    assert "pyarrow.dataset" not in ran.stderr
+    assert lean(["verify", str(output)]).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [
+        (["predict", "--images", "p", "--output", "out", "--executor", "ray"], "ray"),
+        (["prepare", "--images", "p", "--output", "out"], "train"),
+        (["demo", "--output", "out"], "train"),
+    ],
+)
+def test_what_needs_more_says_which_extra(
+    command: list[str], extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "cat.1.png").write_bytes(encoded_drawings(1)[0])
+    ran = lean(command)
+    assert ran.returncode == 1, ran.stderr
+    assert re.search(
+        rf"^error: this needs more packages: pip install 'catdog\[({extra}|ray)\]'\. Received: \w+ is not installed$",
+        ran.stderr,
+        re.MULTILINE,
+    ), ran.stderr

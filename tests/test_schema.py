@@ -1,7 +1,12 @@
 """`catdog.schema`: every schema says its version; earlier versions are read, later ones are refused."""
 
+from datetime import UTC, datetime
+from typing import Any
+
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from catdog import schema
 
@@ -56,3 +61,31 @@ def test_anything_else_is_refused(found: pa.Schema, expected: pa.Schema, message
 )
 def test_every_schema_says_its_version(its_schema: pa.Schema, mark: bytes) -> None:
     assert its_schema.metadata == {b"catdog.schema": mark}
+
+
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "string": st.text(),
+    "float": st.floats(width=32, allow_nan=False),
+    "bool": st.booleans(),
+    "int32": st.integers(-(2**31), 2**31 - 1),
+    "int64": st.integers(-(2**63), 2**63 - 1),
+    "timestamp[us, tz=UTC]": st.datetimes(datetime(1677, 9, 22), datetime(9999, 1, 1)).map(
+        lambda t: t.replace(tzinfo=UTC)
+    ),
+}
+ROWS = st.lists(
+    st.fixed_dictionaries(
+        {
+            field.name: st.none() | VALUES[str(field.type)] if field.nullable else VALUES[str(field.type)]
+            for field in schema.PREDICTIONS_SCHEMA
+        }
+    ),
+    max_size=20,
+)
+
+
+@given(ROWS)
+def test_a_table_of_rows_is_pyarrows(rows: list[dict[str, Any]]) -> None:
+    made = schema.table_of(rows, schema.PREDICTIONS_SCHEMA)
+    made.validate(full=True)
+    assert made.equals(pa.Table.from_pylist(rows, schema=schema.PREDICTIONS_SCHEMA), check_metadata=True)

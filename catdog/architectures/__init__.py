@@ -14,6 +14,7 @@ from catdog.architectures.models import (
     build_model,
     exported,
     logits_model,
+    mirrored_network,
 )
 from catdog.architectures.registry import ARCHITECTURES, Architecture, Recipe, architecture
 from catdog.architectures.weights import fetch_weights, load_weights, weights_source
@@ -33,5 +34,6 @@ __all__ = [
     "in_bfloat16",
     "load_weights",
     "logits_model",
+    "mirrored_network",
     "weights_source",
 ]

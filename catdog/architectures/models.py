@@ -66,6 +66,15 @@ def exported(model: keras.Model, name: str) -> keras.Model:
     return keras.Model(pixels, probabilities, name=name)
 
 
+def mirrored_network(model: keras.Model) -> keras.Model | None:
+    """The network whose logits `exported` averaged over an image and its mirror image; None if it did not."""
+    import keras
+
+    if not isinstance(model.get_layer(LOGITS_LAYER), keras.layers.Average):
+        return None
+    return next((layer for layer in model.layers if isinstance(layer, keras.Model)), None)
+
+
 def backbone_layer(model: keras.Model) -> keras.Model | None:
     """The published network within `model`, or None where there is none.
 

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any, Final, NoReturn
 
 from catdog import __version__, provenance, streams
+from catdog.cli import supervised
 from catdog.cli.commands import COMMANDS
 from catdog.cli.parsing import CommonFlags, parse
 from catdog.config import PredictConfig, TrainConfig
@@ -36,6 +37,19 @@ EXIT_FAILED: Final = 1
 EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
 EXIT_TERMINATED: Final = 128 + signal.SIGTERM
 
+_EXTRA_OF: Final = {
+    "grpc": "ray",
+    "ray": "ray",
+    "h5py": "train",
+    "imagehash": "train",
+    "keras": "train",
+    "matplotlib": "train",
+    "nncf": "train",
+    "scipy": "train",
+    "tensorflow": "train",
+}
+"""Imported name → the extra of catdog that brings it."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's) and return its exit code.
@@ -46,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else list(argv)
     try:
         with _terminable():
-            return _main(args)
+            return _main(args, is_alone=True) if argv is None else _main(args)
     except CatdogError as error:
         print("error:", provenance.redact(" ".join(str(error).splitlines())), file=sys.stderr)
         return error.exit_code
@@ -55,8 +69,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print("error:", text, file=sys.stderr)
         return EXIT_FAILED
+    except ModuleNotFoundError as error:
+        if (text := _missing_extra(error)) is None:
+            raise
+        print("error:", text, file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def _missing_extra(error: ModuleNotFoundError) -> str | None:
+    """Which extra to install, if that is what an error comes from."""
+    package = (error.name or "").partition(".")[0]
+    if package not in _EXTRA_OF:
+        return None
+    return f"this needs more packages: pip install 'catdog[{_EXTRA_OF[package]}]'. Received: {package} is not installed"
 
 
 def _fault_of_environment(error: OSError) -> str | None:
@@ -74,7 +101,8 @@ def _fault_of_environment(error: OSError) -> str | None:
     return None
 
 
-def _main(args: list[str]) -> int:
+def _main(args: list[str], *, is_alone: bool = False) -> int:
+    """Run a command line. If it has the process for itself (`is_alone`), it may become a child of this process."""
     if args == ["--version"]:
         print(__version__)
         return EXIT_OK
@@ -86,6 +114,8 @@ def _main(args: list[str]) -> int:
         return EXIT_OK
     _configure_libraries(verbose=flags.verbose)
     logger.debug("catdog %s %s", name, json.dumps(provenance.configuration(config)))
+    if is_alone and isinstance(config, PredictConfig) and config.executor != "ray":
+        _outlive_deaths()
     with streams.stdout_kept_clean():
         run: Callable[[Any], Record] = getattr(importlib.import_module(command.module), command.function)
         record = run(config)
@@ -94,6 +124,13 @@ def _main(args: list[str]) -> int:
         return EXIT_OK
     print(f"error: {complaint}", file=sys.stderr)
     return record.failure_exit_code
+
+
+def _outlive_deaths() -> None:
+    note_progress = supervised.outlive_deaths()
+    from catdog.inference import executors  # heavy, and therefore imported by the child
+
+    executors.after_publishing = note_progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,10 @@ from typing import Final
 
 from catdog.config import (
     BenchChaosConfig,
+    BenchPredictConfig,
+    BenchStartupConfig,
     BenchTrainConfig,
+    ConvertConfig,
     DemoConfig,
     EvaluateConfig,
     PredictConfig,
@@ -46,18 +49,31 @@ COMMANDS: Final = {
         "predict",
         "catdog predict --images s3://bucket/new --model s3://bucket/model --output s3://bucket/predictions",
     ),
+    "convert": Command(ConvertConfig, "catdog.conversion", "convert", "catdog convert model --data data"),
     "verify": Command(VerifyConfig, "catdog.inference", "run_verify", "catdog verify s3://bucket/predictions"),
     "bench train": Command(
         BenchTrainConfig,
-        "catdog.bench",
+        "catdog.bench.train",
         "bench_train",
         "catdog bench train --data data --output bench",
     ),
     "bench chaos": Command(
         BenchChaosConfig,
-        "catdog.bench",
+        "catdog.bench.chaos",
         "bench_chaos",
         "catdog bench chaos --data data --output chaos --num-kills 20",
+    ),
+    "bench predict": Command(
+        BenchPredictConfig,
+        "catdog.bench.predict",
+        "bench_predict",
+        "catdog bench predict --images photos --output bench",
+    ),
+    "bench startup": Command(
+        BenchStartupConfig,
+        "catdog.bench.startup",
+        "bench_startup",
+        "catdog bench startup --output startup",
     ),
 }
 """By name: one word, or two of which the first is shared by a group."""

@@ -7,13 +7,22 @@ line from these classes: a field is a flag, and its docstring is the flag's help
 from catdog.config.checks import flag
 from catdog.config.choices import EngineName, Executor, Precision, Split
 from catdog.config.dataset import PrepareConfig
-from catdog.config.labelling import EvaluateConfig, PredictConfig, VerifyConfig
+from catdog.config.labelling import ConvertConfig, EvaluateConfig, PredictConfig, VerifyConfig
 from catdog.config.training import TrainConfig
-from catdog.config.trials import BenchChaosConfig, BenchTrainConfig, DemoConfig
+from catdog.config.trials import (
+    BenchChaosConfig,
+    BenchPredictConfig,
+    BenchStartupConfig,
+    BenchTrainConfig,
+    DemoConfig,
+)
 
 __all__ = [
     "BenchChaosConfig",
+    "BenchPredictConfig",
+    "BenchStartupConfig",
     "BenchTrainConfig",
+    "ConvertConfig",
     "DemoConfig",
     "EngineName",
     "EvaluateConfig",

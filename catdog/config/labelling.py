@@ -27,7 +27,8 @@ class EvaluateConfig:
     """Images that a thread decodes and scores at a time."""
 
     engine: EngineName = "auto"
-    """Library that computes the model. auto chooses one."""
+    """Library that computes the model: openvino (in int8 if that was found to be as right, see the model's card),
+    openvino-float, or tensorflow. auto takes openvino on CPUs and tensorflow on GPUs."""
 
     use_gpu: bool = False
     """Compute the model on this machine's GPU. Without this flag no GPU is used."""
@@ -57,7 +58,8 @@ class PredictConfig:
     where there is a cluster, else inline."""
 
     engine: EngineName = "auto"
-    """Library that computes the model. auto chooses one."""
+    """Library that computes the model: openvino (in int8 if that was found to be as right, see the model's card),
+    openvino-float, or tensorflow. auto takes openvino on CPUs and tensorflow on GPUs."""
 
     batch_size: int = 64
     """Images that a thread decodes and scores at a time."""
@@ -111,3 +113,23 @@ class VerifyConfig:
     def __post_init__(self) -> None:
         """Validate."""
         checks.require(bool(self.output.strip()), "OUTPUT must be a path or a URL", repr(self.output))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Give an older model bundle the files of its engines. It gets another id: every image is labelled anew with it."""
+
+    model: str = field(metadata={"positional": True})
+    """Model bundle to convert."""
+
+    data: str | None = None
+    """Dataset that the model was trained on. Its splits train and val are needed to make and to judge the int8 model;
+    without them there is none."""
+
+    output: str | None = None
+    """Directory to write the converted bundle to. The default is to convert it where it is."""
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        checks.require(bool(self.model.strip()), "MODEL must be a path or a URL", repr(self.model))
+        checks.is_url(self, "data", "output")

@@ -88,3 +88,47 @@ class BenchChaosConfig:
         checks.is_url(self, "data", "output", "arch")
         checks.at_least(self, 1, "num_kills", "batch_size", "num_workers", "checkpoint_steps")
         checks.at_least(self, 32, "image_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchPredictConfig:
+    """Measure how fast this machine labels, against Keras, Daft and Ray Data, whole processes in turns."""
+
+    images: str
+    """Where the images are, as for `catdog predict`. The others get them as files in a folder."""
+
+    output: str
+    """Directory to write predict.json and predict.png to. Earlier ones there are replaced."""
+
+    model: str | None = None
+    """Model bundle to label with, written by `catdog train`. The default is the model that comes with catdog."""
+
+    rounds: int = 5
+    """Number of times that everything is measured. The figures are medians."""
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        checks.is_url(self, "images", "output", "model")
+        checks.at_least(self, 1, "rounds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchStartupConfig:
+    """Measure how long one photograph takes from the shell, against the import of the libraries that it needs."""
+
+    output: str
+    """Directory to write startup.json to. An earlier startup.json there is replaced."""
+
+    images: str | None = None
+    """A photograph. The default is a drawing."""
+
+    model: str | None = None
+    """Model bundle to label with, written by `catdog train`. The default is the model that comes with catdog."""
+
+    rounds: int = 5
+    """Number of times that everything is measured. The figures are medians."""
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        checks.is_url(self, "images", "output", "model")
+        checks.at_least(self, 1, "rounds")

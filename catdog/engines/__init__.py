@@ -1,33 +1,37 @@
 """Engines, which compute the model of a bundle fast on this hardware.
 
-An engine is a module of this package with a function `load`. It is listed in `ENGINES`, and in
+An engine is a module of this package with a function that loads a bundle. It is listed in `ENGINES`, and in
 `catdog.config.EngineName` for the command line.
 
 Shapes: `B` images in a call, `H` = `W` = the bundle's image size, `C` = 3 (RGB).
 """
 
 import importlib
-from typing import Final, Literal, Protocol
+from importlib import util
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from catdog.bundle import Bundle, golden_images
+from catdog.bundle import Arithmetic, Bundle, golden_images, ir_names
 from catdog.config import EngineName
 from catdog.errors import BundleError
 
-Arithmetic = Literal["float32", "bfloat16"]
-"""Number format in which an engine computes feature maps."""
+ENGINES: Final[dict[str, tuple[str, str]]] = {
+    "openvino": ("catdog.engines.openvino", "load"),
+    "openvino-float": ("catdog.engines.openvino", "load_float"),
+    "tensorflow": ("catdog.engines.tensorflow", "load"),
+}
+"""Name of an engine → its module, and the function of the module that loads it."""
 
-ENGINES: Final[dict[str, str]] = {"tensorflow": "catdog.engines.tensorflow"}
-"""Name of an engine → its module. `auto` is the first of them."""
+GOLDEN_TOLERANCES: Final[dict[Arithmetic, float]] = {"float32": 0.02, "bfloat16": 0.25, "int8": 0.25}
+"""By how much a golden logit may differ from the one in the card: for int8 from the int8 model's own, else from the
+one that was computed in float32.
 
-GOLDEN_TOLERANCES: Final[dict[Arithmetic, float]] = {"float32": 0.02, "bfloat16": 0.25}
-"""By how much a golden logit may differ from the one in the card, which was computed in float32.
-
-float32: another order of summation changes a logit by about 1e-6. A GPU's TensorFloat-32 rounds to 11 bits, 8 times
-finer than bfloat16. bfloat16: it rounds to 8 bits, which has changed a logit by up to 0.1. The weights of another model
-change it by whole units."""
+float32: another order of summation changes a logit by about 1e-6, weights in float16 by about 1e-3. A GPU's
+TensorFloat-32 rounds to 11 bits, 8 times finer than bfloat16. bfloat16: it rounds to 8 bits, which has changed a logit
+by up to 0.1. int8: sums are exact, what lies between them is not, and a number that is rounded to another of 256 levels
+is off by as much as in bfloat16. The weights of another model change a logit by whole units."""
 
 
 class Engine(Protocol):
@@ -53,24 +57,30 @@ def load_engine(bundle: Bundle, name: EngineName = "auto", *, num_parallel: int 
 
     Args:
         bundle: a verified bundle.
-        name: `auto`, or one of `ENGINES`.
+        name: `auto` (OpenVINO on CPUs, TensorFlow on GPUs), or one of `ENGINES`.
         num_parallel: number of calls of `predict` that compute at the same time, each on one CPU core.
         use_gpu: whether to compute on this process's GPU. If not, no GPU is touched.
 
     Raises:
         BundleError: the model cannot be used.
     """
-    chosen = next(iter(ENGINES)) if name == "auto" else name
-    module = importlib.import_module(ENGINES[chosen])
-    engine: Engine = module.load(bundle, num_parallel=num_parallel, use_gpu=use_gpu)
+    module, function = ENGINES[_chosen(bundle, use_gpu=use_gpu) if name == "auto" else name]
+    load = getattr(importlib.import_module(module), function)
+    engine: Engine = load(bundle, num_parallel=num_parallel, use_gpu=use_gpu)
     _check_golden(bundle, engine)
     return engine
+
+
+def _chosen(bundle: Bundle, *, use_gpu: bool) -> str:
+    """The engine that `auto` stands for: TensorFlow on a GPU, and for bundles without OpenVINO's files."""
+    has_ir = all(name in bundle.paths for name in ir_names("float").values())
+    return "openvino" if has_ir and not use_gpu and util.find_spec("openvino") else "tensorflow"
 
 
 def _check_golden(bundle: Bundle, engine: Engine) -> None:
     """Check that the engine gives the bundle's golden logits. This also warms it up."""
     logits_B = engine.predict(golden_images(bundle.image_size))
-    difference = float(np.max(np.abs(logits_B - np.asarray(bundle.golden_logits))))
+    difference = float(np.max(np.abs(logits_B - np.asarray(bundle.golden_logits(engine.arithmetic)))))
     tolerance = GOLDEN_TOLERANCES[engine.arithmetic]
     if not difference <= tolerance:  # true of NaN as well
         raise BundleError(

@@ -6,14 +6,15 @@ CPUs, these bits also depend on the place of an image in the batch. The batch si
 which they do not.
 """
 
+from importlib import util
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from catdog import hardware
-from catdog.bundle import Bundle, golden_images, load_model
-from catdog.engines import Arithmetic
+from catdog.bundle import Arithmetic, Bundle, golden_images, load_model
+from catdog.errors import BundleError
 
 BATCH_SIZES: Final = (16, 32, 64)
 """Numbers of images per call of the compiled model, to be tried in this order. On a CPU core, 16 is as fast as 64. If
@@ -29,6 +30,11 @@ def load(bundle: Bundle, *, num_parallel: int, use_gpu: bool) -> "TensorFlowEngi
 
     If TensorFlow has computed in this process before, it keeps the number of threads that it had.
     """
+    if not util.find_spec("tensorflow"):
+        raise BundleError(
+            "the tensorflow engine needs TensorFlow: pip install 'catdog[train]'. For bundles with OpenVINO's files "
+            f"--engine openvino does without. Received: {bundle.url}, and no TensorFlow"
+        )
     hardware.configure_tensorflow(num_threads=1, num_parallel=num_parallel, use_gpu=use_gpu)
     return TensorFlowEngine(bundle, use_gpu=use_gpu)
 

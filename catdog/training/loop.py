@@ -145,7 +145,11 @@ class _Worker:
         self._observers.finishing()
         if self._is_chief:
             checkpoint.check_claim(self._briefing.claim_url)
-            save_bundle(self._config, self._learner, self._history, validation, self._briefing.card)
+            alone = Share(rank=0, num_workers=1, batch_size=self._config.batch_size)
+            train_feed, val_feed = Feed(self._briefing.train, alone), Feed(self._briefing.val, alone)
+            save_bundle(
+                self._config, self._learner, self._history, validation, self._briefing.card, train_feed, val_feed
+            )
         ray.train.report({"epochs_done": len(self._history)})
 
     def _restore(self) -> int:

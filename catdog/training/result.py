@@ -12,7 +12,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from catdog import architectures, bundle, calibration, metrics, provenance, report
+from catdog import architectures, bundle, calibration, metrics, openvino_ir, provenance, quantization, report
+from catdog.openvino_ir import IR
+from catdog.training.feed import Feed
 from catdog.training.history import HistoryRow, history_files
 from catdog.training.request import ResolvedTrainConfig
 from catdog.training.step import Learner
@@ -50,8 +52,10 @@ def save_bundle(
     history: Sequence[HistoryRow],
     validation: Validation,
     card: dict[str, Any],
+    train_feed: Feed,
+    val_feed: Feed,
 ) -> None:
-    """Calibrate the averaged model on the validation split, and write its bundle.
+    """Calibrate the averaged model on the validation split, quantize it, and write its bundle.
 
     Args:
         config: what was trained, and how.
@@ -59,12 +63,22 @@ def save_bundle(
         history: a row per epoch.
         validation: of the model as it is.
         card: what the driver says of data and versions.
+        train_feed: the whole training split.
+        val_feed: the whole validation split.
     """
     last = history[-1]
     labels_N, logits_N = validation.labels_N, validation.logits_N
     calibrated = calibration.fit(labels_N, logits_N, review_precision=config.review_precision)
     prob_dog_N = calibration.cross_fitted(labels_N, logits_N)
     model = architectures.exported(learner.average, config.arch)
+    ir = openvino_ir.float_ir(model, config.image_size)
+    int8 = quantization.quantized(
+        ir,
+        config.image_size,
+        next(images for _, images, _ in train_feed.all_batches(quantization.NUM_PHOTOGRAPHS)),
+        lambda: ((images, labels) for _, images, labels in val_feed.all_batches(config.batch_size)),
+        review_precision=config.review_precision,
+    )
     full_card = {
         "arch": config.arch,
         "image_size": config.image_size,
@@ -78,6 +92,7 @@ def save_bundle(
         "durations_s": {name: round(sum(row[name] for row in history), 1) for name in STAGES},
         "precision": learner.precision,
         "num_parameters": model.count_params(),
+        "int8": int8.card,
         **card,
         "training_config": {
             name: value for name, value in provenance.configuration(config).items() if name not in _ELSEWHERE
@@ -86,4 +101,8 @@ def save_bundle(
     diagram = report.reliability(
         labels_N, {"as trained": calibration.probabilities(logits_N, 1.0), "calibrated, cross-fitted": prob_dog_N}
     )
-    bundle.save(config.output, model, full_card, extra_files=history_files(history) | {RELIABILITY_NAME: diagram})
+    irs: dict[bundle.Weights, IR] = {"float": ir}
+    if int8.card["is_accepted"]:
+        irs["int8"] = int8.ir
+    extra_files = history_files(history) | {RELIABILITY_NAME: diagram}
+    bundle.save(config.output, model, full_card, irs=irs, extra_files=extra_files)

@@ -1,0 +1,282 @@
+"""`catdog bench predict`: `catdog predict` and others that label a folder of images, measured in turns.
+
+Every round runs every contender, one after the other, each as a process of its own that is measured from its start to
+its exit with all that it starts, every other round in reverse order: what else the machine does falls on all of them
+alike. Nothing is written to the output before all is measured and checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pyarrow as pa
+
+from catdog import bundle, hardware, provenance, scratch, storage
+from catdog.bench import limit, peers, predict_record, shell, tree
+from catdog.bench.predict_record import OURS, BenchPredictRecord, Measurement, spread
+from catdog.bundle import Bundle
+from catdog.config import BenchPredictConfig
+from catdog.errors import BooksError, CatdogError, UsageError
+from catdog.storage import SourceFile
+
+logger = logging.getLogger(__name__)
+
+RECORD_NAME: Final = "predict.json"
+CHART_NAME: Final = "predict.png"
+
+MIN_IMAGES: Final = 10
+"""A fifth of them must be some."""
+
+TIMEOUT_S: Final = 600.0
+"""A contender is stopped after so long, or `TIMEOUT_FACTOR` times as long as inline took."""
+
+TIMEOUT_FACTOR: Final = 20
+
+OPENVINO_NAMES: Final = ("openvino/int8.xml", "openvino/float.xml")
+"""OpenVINO's models in a bundle, the faster one first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Contender:
+    command: Callable[[str], list[str]]
+    """Directory to write to → command line."""
+
+    rows: Callable[[str], shell.Rows]
+    """Directory that it wrote to → rows."""
+
+
+def bench_predict(config: BenchPredictConfig) -> BenchPredictRecord:
+    """Measure, and write `predict.json` and `predict.png`.
+
+    Raises:
+        UsageError: there are too few images, or the output holds something else.
+        CatdogError: `catdog predict` failed.
+        BooksError: what it said depends on the executor, or on the round.
+    """
+    started = time.monotonic()
+    output = storage.absolute(config.output)
+    images = storage.absolute(config.images, keep_slash=True)
+    storage.refuse_foreign_output(output, (RECORD_NAME,), says={"command": "bench predict"})
+    model = bundle.load(config.model)
+    files = list(dict.fromkeys(storage.list_images(images, exclude=output)))
+    if len(files) < MIN_IMAGES:
+        raise UsageError(f"--images must hold at least {MIN_IMAGES} images. Received: {len(files)} in {config.images}")
+    load_average = os.getloadavg()[0]
+    with scratch.directory("bench") as directory:
+        bench = _Bench(config, model, images, files, directory)
+        for number in range(config.rounds):
+            bench.run_round(number)
+    rounds, parts = bench.valid_rounds(), bench.parts
+    limits = [hardware.num_cores() / sum(each.values()) for each in parts]
+    steady, shares = bench.steady(limits)
+    record = BenchPredictRecord(
+        output=provenance.redact(output),
+        images=provenance.redact(images),
+        num_images=len(files),
+        image_size=model.image_size,
+        ratios=predict_record.ratios(rounds),
+        limit_images_per_s=spread(limits),
+        steady_images_per_s=steady,
+        steady_share_of_limit=shares,
+        seconds_per_image={name: spread([each[name] for each in parts]) for name in limit.PARTS},
+        agreement=bench.agreement,
+        skipped=bench.skipped,
+        refused=bench.refused,
+        rounds=rounds,
+        fifth_seconds=bench.fifth_seconds,
+        engines=bench.engines,
+        host=provenance.host(),
+        load_average=load_average,
+        config=provenance.configuration(config),
+        versions=provenance.versions() | peers.versions(),
+        duration_s=round(time.monotonic() - started, 1),
+    )
+    storage.publish_bytes(storage.join(output, CHART_NAME), predict_record.chart(record))
+    storage.publish_json(storage.join(output, RECORD_NAME), record.to_dict())
+    return record
+
+
+class _Bench:
+    """The contenders, and what they have done so far."""
+
+    def __init__(
+        self, config: BenchPredictConfig, model: Bundle, images: str, files: Sequence[SourceFile], directory: str
+    ) -> None:
+        self._config, self._model, self._images, self._files = config, model, images, files
+        self._directory = directory
+        self._rounds: list[dict[str, Measurement]] = []
+        self._ours: shell.Rows | None = None
+        self.parts: list[dict[str, float]] = []
+        self.fifth_seconds: list[float] = []
+        self.agreement: dict[str, float] = {}
+        self.skipped: dict[str, str] = {}
+        self.refused: dict[str, str] = {}
+        self.engines: dict[str, int] = {}
+        pictures = str(Path(directory, "pictures"))
+        self._uris = shell.write_pictures(files, pictures)
+        self._num_fifth = len(files) // 5
+        fifth = storage.join(directory, "fifth.parquet")
+        storage.publish_parquet(fifth, pa.table({"uri": [file.uri for file in files[: self._num_fifth]]}))
+        self._fifth = self._predict(fifth, "inline")
+        self._contenders = {executor: self._predict(images, executor) for executor in OURS}
+        for name, settings in _peers(model, pictures).items():
+            if absent := peers.missing(settings["contender"]):
+                self.skipped[name] = f"{' and '.join(absent)} not installed"
+            elif settings["contender"] == "daft_openvino" and settings["openvino"] is None:
+                self.skipped[name] = f"the model has no {OPENVINO_NAMES[0]}"
+            else:
+                self._contenders[name] = self._peer(settings)
+
+    def _predict(self, images: str, executor: str) -> _Contender:
+        model = [] if self._config.model is None else ["--model", self._config.model]
+
+        def command(output: str) -> list[str]:
+            flags = ["--images", images, "--output", output, "--executor", executor, "--max-failed-fraction", "1"]
+            return [*shell.CATDOG, "predict", *flags, *model]
+
+        return _Contender(command=command, rows=shell.rows_of_ours)
+
+    def _peer(self, settings: peers.Settings) -> _Contender:
+        def command(output: str) -> list[str]:
+            os.mkdir(output)
+            return [sys.executable, "-m", "catdog.bench.peers", json.dumps(settings | {"output": output})]
+
+        return _Contender(command=command, rows=shell.rows_of_peer)
+
+    def run_round(self, number: int) -> None:
+        """Run every contender once, and the measurement of the limit."""
+        measured: dict[str, Measurement] = {}
+        steps: list[Callable[[], None]] = [self._measure_limit, self._measure_fifth]
+        steps += [
+            lambda name=name: self._measure_contender(name, measured)  # type: ignore[misc]
+            for name in self._contenders
+            if name not in self.refused
+        ]
+        for step in steps[:: -1 if number % 2 else 1]:
+            step()
+        self._rounds.append({name: measured[name] for name in self._contenders if name in measured})
+        logger.info(
+            "Round %d of %d: %s",
+            number + 1,
+            self._config.rounds,
+            ", ".join(f"{name} {each.images_per_s:.1f} images/s" for name, each in self._rounds[-1].items()),
+        )
+
+    def _measure_limit(self) -> None:
+        with self._place() as place:
+            result = Path(place, "result.json")
+            settings = json.dumps({"images": self._images, "model": self._config.model})
+            usage = tree.measure(
+                [sys.executable, "-m", "catdog.bench.limit", settings, str(result)],
+                Path(place, "log"),
+                environment=shell.environment(),
+            )
+            if usage.exit_code:
+                raise CatdogError(f"the limit must be measured. Received: {usage.log_tail}")
+            self.parts.append(json.loads(result.read_text()))
+
+    def _measure_fifth(self) -> None:
+        usage, rows = self._run("inline", self._fifth)
+        self._check_ours("inline", rows, self._num_fifth)
+        self.fifth_seconds.append(usage.wall_s)
+
+    def _measure_contender(self, name: str, measured: dict[str, Measurement]) -> None:
+        try:
+            usage, rows = self._run(name, self._contenders[name])
+        except CatdogError as error:
+            if name in OURS:
+                raise
+            self.refused[name] = str(error)
+            return
+        if name in OURS:
+            self._check_ours(name, rows, len(self._files))
+        elif len(rows) != len(self._files):
+            self.refused[name] = f"it must label all of {len(self._files):,} images. Received: {len(rows):,} rows"
+            return
+        elif self._ours is not None:
+            same = [self._ours[self._uris[picture]][0] == row[0] for picture, row in rows.items()]
+            self.agreement[name] = sum(same) / len(same)
+        num_images = len(self._files)
+        measured[name] = Measurement(
+            seconds=usage.wall_s,
+            images_per_s=num_images / usage.wall_s,
+            cpu_s_per_1000_images=1000 * usage.cpu_s / num_images,
+            peak_memory_bytes=usage.peak_memory_bytes,
+            num_rows=len(rows),
+        )
+
+    def _run(self, name: str, contender: _Contender) -> tuple[tree.Usage, shell.Rows]:
+        slowest = max((each["inline"].seconds for each in self._rounds), default=0.0)
+        with self._place() as place:
+            output = storage.join(place, "output")
+            usage = tree.measure(
+                contender.command(output),
+                Path(place, "log"),
+                environment=shell.environment(),
+                timeout_s=max(TIMEOUT_S, TIMEOUT_FACTOR * slowest),
+            )
+            if usage.exit_code:
+                raise CatdogError(
+                    f"a contender must finish. Received: {name} with exit code {usage.exit_code}: {usage.log_tail}"
+                )
+            rows = contender.rows(output)
+            if name in OURS and not self.engines:
+                self.engines = shell.run_record(output)["engines"]
+        return usage, rows
+
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[str]:
+        with tempfile.TemporaryDirectory(dir=self._directory) as place:
+            yield place
+
+    def _check_ours(self, name: str, rows: shell.Rows, num_images: int) -> None:
+        """Raise `BooksError` unless ours has said the same as ever, of all images."""
+        known = self._ours or rows
+        if len(rows) != num_images or any(known.get(uri, row) != row for uri, row in rows.items()):
+            differing = sum(known.get(uri, row) != row for uri, row in rows.items())
+            raise BooksError(
+                f"every run must say the same of all of {num_images:,} images. Received: {len(rows):,} rows of {name}, "
+                f"of which {differing:,} differ"
+            )
+        if len(rows) == len(self._files):
+            self._ours = rows
+
+    def valid_rounds(self) -> list[dict[str, Measurement]]:
+        """The rounds, with the contenders that count."""
+        return [{name: each for name, each in a_round.items() if name not in self.refused} for a_round in self._rounds]
+
+    def steady(self, limits: Sequence[float]) -> tuple[predict_record.Spread | None, predict_record.Spread | None]:
+        """Images per second of inline under way, and as a share of the limit; None where there are too few images."""
+        longer = [each["inline"].seconds - fifth for each, fifth in zip(self._rounds, self.fifth_seconds, strict=True)]
+        if min(longer) <= 0:
+            return None, None
+        steady = [(len(self._files) - self._num_fifth) / seconds for seconds in longer]
+        return spread(steady), spread([each / most for each, most in zip(steady, limits, strict=True)])
+
+
+def _peers(model: Bundle, pictures: str) -> dict[str, peers.Settings]:
+    """The settings of each peer, by its name."""
+    converted = next((str(model.paths[name]) for name in OPENVINO_NAMES if name in model.paths), None)
+    settings: peers.Settings = {
+        "pictures": pictures,
+        "model": str(model.paths[bundle.MODEL_NAME]),
+        "openvino": converted,
+        "image_size": model.image_size,
+    }
+    return {
+        "keras-32": settings | {"contender": "keras", "batch_size": 32},
+        "keras-64": settings | {"contender": "keras", "batch_size": 64},
+        "daft": settings | {"contender": "daft", "batch_size": 64},
+        "daft-openvino": settings | {"contender": "daft_openvino", "batch_size": 64},
+        "ray-docs": settings | {"contender": "ray_docs", "batch_size": 64},
+    }

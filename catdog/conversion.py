@@ -1,0 +1,110 @@
+"""Giving an older bundle the files of its engines, or a bundle's int8 model another judgement."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from catdog import bundle, hardware, metrics, openvino_ir, quantization, storage
+from catdog.config import ConvertConfig
+from catdog.dataset import iter_split, load_info
+from catdog.errors import DatasetError, ImageError, UsageError
+from catdog.images import decode
+from catdog.quantization import Int8Card
+from catdog.records import Record
+
+_BATCH_SIZE: Final = 64
+
+_REVIEW_PRECISION: Final = 0.995
+"""For bundles whose card does not tell with which they were made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionRecord(Record):
+    """What a conversion made."""
+
+    command: str
+    output: str
+    model_id: str
+    previous_model_id: str
+    int8: Int8Card | None
+    """None without `--data`."""
+
+    duration_s: float
+
+    def summary(self) -> list[str]:
+        """What the bundle has now."""
+        lines = [f"Converted in {self.duration_s:,.1f} s.", "  float      made"]
+        if self.int8 is None:
+            lines.append("  int8       not made: it needs --data")
+        else:
+            lines.append(f"  int8       {'made' if self.int8['is_accepted'] else 'refused'}: {self.int8['rule']}")
+            for name, figures in (("float", self.int8["float_validation"]), ("int8", self.int8["validation"])):
+                accuracy, log_loss = metrics.text(figures["accuracy"], percent=True), metrics.text(figures["log_loss"])
+                lines.append(f"  {name:<10} accuracy {accuracy}, log loss {log_loss}")
+        return [*lines, f"Model: {self.output}", f"  model id   {self.model_id}, before {self.previous_model_id}"]
+
+
+def convert(config: ConvertConfig) -> ConversionRecord:
+    """Make the OpenVINO files of a bundle. What else it holds stays as it is; its card, and so its id, changes.
+
+    Raises:
+        UsageError: the dataset has no images in the splits `train` and `val`, or the output holds something else.
+        BundleError: the model cannot be used.
+        DatasetError: the dataset is missing or damaged.
+    """
+    started = time.monotonic()
+    model = bundle.load(config.model)
+    output = storage.absolute(config.output or config.model)
+    storage.refuse_foreign_output(output, (bundle.CARD_NAME,))
+    hardware.configure_tensorflow(num_threads=hardware.num_cores(), num_parallel=1, use_gpu=False)
+    ir = openvino_ir.float_ir(bundle.load_model(model), model.image_size)
+    irs: dict[bundle.Weights, openvino_ir.IR] = {"float": ir}
+    int8 = None
+    if config.data is not None:
+        int8 = _quantized(ir, model, config.data)
+        if int8.card["is_accepted"]:
+            irs["int8"] = int8.ir
+    made = {*bundle.ir_names("float").values(), *bundle.ir_names("int8").values()}
+    kept = {name: path.read_bytes() for name, path in model.paths.items() if name not in made}
+    card: dict[str, Any] = model.card | {"int8": None if int8 is None else int8.card}
+    model_id = bundle.write(output, card, kept | bundle.ir_files(irs))
+    return ConversionRecord(
+        command="convert",
+        output=output,
+        model_id=model_id,
+        previous_model_id=model.model_id,
+        int8=card["int8"],
+        duration_s=round(time.monotonic() - started, 1),
+    )
+
+
+def _quantized(ir: openvino_ir.IR, model: bundle.Bundle, data: str) -> quantization.Quantized:
+    info = load_info(data)
+    for split in ("train", "val"):
+        if not info.num_images(split):
+            raise UsageError(f"--data must hold images in the splits train and val. Received: none in {split}")
+
+    def batches(split: str) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.integer]]]:
+        for batch in iter_split(info, split, ["uri", "image", "label"], batch_size=_BATCH_SIZE):
+            yield _pixels(batch, model.image_size), batch["label"].to_numpy()
+
+    photographs: list[npt.NDArray[np.uint8]] = []
+    for images_BSSC, _ in batches("train"):
+        photographs.extend(images_BSSC)
+        if len(photographs) >= quantization.NUM_PHOTOGRAPHS:
+            break
+    precision = model.card.get("training_config", {}).get("review_precision", _REVIEW_PRECISION)
+    photographs = photographs[: quantization.NUM_PHOTOGRAPHS]
+    return quantization.quantized(ir, model.image_size, photographs, lambda: batches("val"), review_precision=precision)
+
+
+def _pixels(batch: pa.RecordBatch, size: int) -> npt.NDArray[np.uint8]:
+    try:
+        return np.stack([decode(image, size).pixels_HWC for image in batch["image"].to_pylist()])
+    except ImageError as error:
+        raise DatasetError(f"every picture of a dataset must decode. Received: {error}") from error
