@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import ray
-from inference_case import answers, archive, descendants
+from inference_case import answers, archive, descendants, encoded_drawings
 from ray_case import can_hide, joined_node, small_ray
 
 from catdog import cli, drawings
 from catdog.config import PredictConfig, PrepareConfig
 from catdog.dataset import prepare
 from catdog.inference import plan, predict, verify
+from catdog.schema import CLASS_NAMES
 
 pytestmark = pytest.mark.slow
 
@@ -140,6 +141,19 @@ def test_predict_on_a_node_that_does_not_see_the_output(blind: Path, tmp_path: P
     (error,) = errors
     assert error.startswith(f"error: every node must see the same --output. Received: {output}/.catdog-claim-1.json")
     assert list(output.iterdir()) == []
+
+
+def test_prepare_on_a_node_that_does_not_see_the_output(blind: Path, tmp_path: Path) -> None:
+    images, output = tmp_path / "photos", blind / "data"
+    images.mkdir()
+    for number, drawing in enumerate(encoded_drawings(20)):
+        (images / f"{CLASS_NAMES[number % 2]}.{number}.png").write_bytes(drawing)
+    code, errors = catdog("prepare", "--images", images, "--output", output)
+    assert code == 2
+    (error,) = errors
+    assert error.startswith("error: --output must be where every node of the cluster finds it")
+    assert f"Received: --output={output}, which " in error
+    assert not (output / "dataset.json").exists()
 
 
 @pytest.mark.parametrize("hidden", ["data", "output"])

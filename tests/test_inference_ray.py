@@ -40,7 +40,7 @@ def test_a_cluster_without_cpus_is_one_error(tmp_path: Path, model: str, monkeyp
     images = photographs(tmp_path / "photos", 3)
     ray.init(address="local", num_cpus=0, include_dashboard=False, log_to_driver=False)
     try:
-        with pytest.raises(CatdogError, match=r"must have a CPU for each actor\. Received: none within 1 s"):
+        with pytest.raises(CatdogError, match=r"the --cpus-per-worker=1 of an actor\. Received: at most 0 within 1 s"):
             run(images, tmp_path / "out", model)
     finally:
         ray.shutdown()
@@ -55,6 +55,8 @@ def test_rows_are_those_of_one_process(tmp_path: Path, model: str) -> None:
     inline = run(images, tmp_path / "inline", model, executor="inline")
     assert record.parts == inline.parts
     assert answers(tmp_path / "ray") == answers(tmp_path / "inline")
+    assert run(images, tmp_path / "broad", model, cpus_per_worker=2).books == record.books
+    assert answers(tmp_path / "broad") == answers(tmp_path / "inline")
 
     again = run(images, tmp_path / "ray", model)
     assert again.books == Books(listed=304, ok=0, error=0, already_done=304, duplicate=0)
@@ -74,7 +76,7 @@ def test_an_actors_error_is_the_jobs_error(tmp_path: Path, model: str) -> None:
     with storage.claimed(str(output), "predict") as claim:
         job = job_of(output, model, claim, model_id="x")
         with pytest.raises(BundleError, match="must not change during a run"):
-            list(executors.run("ray", job, [Slice(part="part-x.parquet", files=[], known=[])], None, None))
+            list(executors.run("ray", job, [Slice(part="part-x.parquet", files=[], known=[])], None, 1, None))
 
 
 @pytest.mark.usefixtures("embedded_ray")

@@ -69,7 +69,12 @@ class PredictConfig:
     used."""
 
     num_workers: int | None = None
-    """Number of decoding threads (inline), or of Ray actors with one CPU each (ray). The default is one per CPU."""
+    """Number of decoding threads (inline), or largest number of Ray actors (ray). The default is one per core, and with
+    ray as many actors as the cluster has room for at the time."""
+
+    cpus_per_worker: int = 1
+    """Number of CPUs of each Ray actor (ray), whose threads share one model. With more, a node needs less memory; with
+    one, no thread waits for another."""
 
     max_failed_fraction: float = 0.1
     """Exit with code 3 if more than this share of the images that this run labelled failed."""
@@ -89,7 +94,7 @@ class PredictConfig:
         for url in self.images:
             checks.require(bool(url.strip()), "--images must be a path or a URL", repr(url))
         checks.is_url(self, "output", "model")
-        checks.at_least(self, 1, "batch_size", "num_workers")
+        checks.at_least(self, 1, "batch_size", "num_workers", "cpus_per_worker")
         checks.is_fraction(self, "max_failed_fraction")
         if self.executor == "inline" and self.ray_address is not None:
             raise UsageError(

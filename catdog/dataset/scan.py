@@ -5,6 +5,7 @@ parts that are there, and does not read their files again.
 """
 
 import hashlib
+import socket
 from typing import Any, Final
 
 import imagehash
@@ -13,7 +14,8 @@ import pyarrow as pa
 from PIL import Image, ImageStat
 
 from catdog import images, storage
-from catdog.errors import ImageError
+from catdog.errors import ImageError, UsageError
+from catdog.provenance import redact
 
 LISTING_DIR: Final = "listing"
 SCAN_DIR: Final = "scan"
@@ -77,7 +79,13 @@ def part_name(index: int) -> str:
 
 def scan_slice(index: int, staging_url: str) -> pa.Table:
     """Stage slice `index` of the listing. Returns `LIGHT_SCHEMA` rows, one for each file."""
-    listing = storage.read_parquet(storage.join(staging_url, LISTING_DIR, part_name(index)))
+    try:
+        listing = storage.read_parquet(storage.join(staging_url, LISTING_DIR, part_name(index)))
+    except FileNotFoundError as error:  # the driver has written it
+        raise UsageError(
+            "--output must be where every node of the cluster finds it: a shared directory, or object storage. "
+            f"Received: --output={redact(staging_url.rpartition('/')[0])}, which {socket.gethostname()} does not see"
+        ) from error
     part = f"{index:07d}-{_digest(listing)}.parquet"
     url = storage.join(staging_url, SCAN_DIR, part)
     if storage.exists(url):

@@ -61,7 +61,9 @@ def predict(config: PredictConfig) -> RunRecord:
         executor = executors.chosen(config.executor, config.ray_address)
         ledger = books.Ledger(plan.counts, plan.listed.skipped)
         if plan.counts.to_label:
-            results = executors.run(executor, job, plan.slices(), config.num_workers, config.ray_address)
+            results = executors.run(
+                executor, job, plan.slices(), config.num_workers, config.cpus_per_worker, config.ray_address
+            )
             ledger.enter(results)
         done = time.monotonic()
         durations_s = {"plan": planned - started, "label": done - planned, "total": done - started}

@@ -54,17 +54,19 @@ def run(
     job: Job,
     slices: Iterable[Slice],
     num_workers: int | None,
+    cpus_per_worker: int,
     ray_address: str | None,
 ) -> Generator[SliceResult]:
     """Label and publish slices. Yields the result of each as it is done.
 
     Args:
         executor: `inline` to label on the threads of this process, or `ray` to label in Ray Data jobs, whose actors
-            have one CPU each and label whole slices.
+            label whole slices.
         job: what to label with, and where to publish.
         slices: the slices of the plan.
         num_workers: number of decoding threads (`inline`) or largest number of actors (`ray`); None for one per core of
-            this machine, or per CPU that the cluster has at the time.
+            this machine, or as many as the cluster has room for at the time.
+        cpus_per_worker: number of CPUs of an actor, and of its decoding threads.
         ray_address: address of the cluster, as for `catdog.ray_session.connect`.
 
     Raises:
@@ -78,14 +80,14 @@ def run(
                 yield result
         return
     with ray_session.connect(ray_address):
-        _wait_for_a_cpu()
+        _wait_for_cpus(cpus_per_worker)
         remaining = iter(slices)
         while group := list(itertools.islice(remaining, _SLICES_PER_RAY_DATA_JOB)):
             max_actors = min(num_workers or len(group), len(group))
-            yield from _run_ray_data_job(job, [_pack(piece) for piece in group], max_actors)
+            yield from _run_ray_data_job(job, [_pack(piece) for piece in group], max_actors, cpus_per_worker)
 
 
-def _run_ray_data_job(job: Job, packed: list[bytes], max_actors: int) -> Iterator[SliceResult]:
+def _run_ray_data_job(job: Job, packed: list[bytes], max_actors: int, cpus_per_worker: int) -> Iterator[SliceResult]:
     """Label packed slices in one Ray Data job. Yields the result of each as it is done."""
     import ray
     import ray.data
@@ -93,7 +95,7 @@ def _run_ray_data_job(job: Job, packed: list[bytes], max_actors: int) -> Iterato
     context = ray.data.DataContext.get_current()
     ray_internals.quiet_ray_data(context)
     context.max_consecutive_actor_init_deaths = _MAX_RESTARTS
-    num_free = int(ray.available_resources().get("CPU", 0))
+    num_free = int(ray.available_resources().get("CPU", 0)) // cpus_per_worker
     slices = ray.data.from_items([{"slice": data} for data in packed], override_num_blocks=len(packed))
     # No other operator of the job takes CPUs, so the pool may take all. It begins with those that are free, grows when
     # CPUs come, and shrinks when they go.
@@ -108,9 +110,9 @@ def _run_ray_data_job(job: Job, packed: list[bytes], max_actors: int) -> Iterato
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         results = slices.map(
             _SliceLabeller,
-            fn_constructor_args=(job,),
+            fn_constructor_args=(job, cpus_per_worker),
             compute=pool,
-            num_cpus=1,
+            num_cpus=cpus_per_worker,
             num_gpus=1 if job.use_gpu else None,
             max_restarts=_MAX_RESTARTS,
             max_task_retries=_MAX_TASK_RETRIES,
@@ -135,10 +137,11 @@ class _SliceLabeller:
     them kills the process that decodes it, the actor goes on suspecting.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, num_threads: int) -> None:
         import ray
 
         self._job = job
+        self._num_threads = num_threads
         self._worker: Worker | None = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Ray warns of a deprecated name that it uses itself
@@ -148,7 +151,7 @@ class _SliceLabeller:
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
         try:
             if self._worker is None:
-                self._worker = Worker(self._job, num_workers=1)
+                self._worker = Worker(self._job, num_workers=self._num_threads)
             (result,) = self._worker.run([_unpack(row["slice"])], num_suspects=self._num_suspects)
             self._num_suspects = _MAX_IN_FLIGHT if result.errors.get("decoder_died") else max(0, self._num_suspects - 1)
         except CatdogError as error:
@@ -167,12 +170,17 @@ def _unpack(packed: bytes) -> Slice:
     return Slice(**fields | {"files": [SourceFile(**file) for file in fields["files"]]})
 
 
-def _wait_for_a_cpu() -> None:
-    """Wait for the cluster to have one."""
+def _wait_for_cpus(num_cpus: int) -> None:
+    """Wait for a node that has room for an actor."""
     import ray
 
     deadline = time.monotonic() + _MAX_WAIT_S
-    while ray.cluster_resources().get("CPU", 0) < 1:
+    while (
+        most := max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
+    ) < num_cpus:
         if time.monotonic() > deadline:
-            raise CatdogError(f"The cluster must have a CPU for each actor. Received: none within {_MAX_WAIT_S:g} s")
+            raise CatdogError(
+                f"The cluster must have a node with a CPU for each of the --cpus-per-worker={num_cpus} of an actor. "
+                f"Received: at most {most} within {_MAX_WAIT_S:g} s"
+            )
         time.sleep(1)
