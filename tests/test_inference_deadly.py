@@ -111,7 +111,14 @@ def test_an_image_that_kills_a_process_which_calls_predict_is_a_row_of_the_next_
 # The command line.
 
 
-PROGRAM = [sys.executable, "-c", "import sys; from catdog.cli import main; sys.exit(main())", "predict"]
+PROGRAM = [
+    sys.executable,
+    "-c",
+    # A suite that a shell started in the background has its children ignore Ctrl-C.
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "from catdog.cli import main; sys.exit(main())",
+    "predict",
+]
 
 
 def command_line(images: Path, output: Path, model: str) -> list[str]:

@@ -44,7 +44,7 @@ class Usage:
     """Of all processes."""
 
     peak_memory_bytes: int
-    """The largest sum of the processes' PSS at one time."""
+    """The largest sum of the processes' PSS that was seen, and at least the largest RSS that one of them had."""
 
     log_tail: str
     """The end of what the command wrote to stdout and stderr."""
@@ -115,6 +115,7 @@ def _watch(process: subprocess.Popen[bytes], tree: _Tree, started: float, timeou
                 _, status, usage = os.wait4(process.pid, 0)
                 process.returncode = os.waitstatus_to_exitcode(status)
                 tree.look()
+                tree.peak_memory_bytes = max(tree.peak_memory_bytes, 1024 * usage.ru_maxrss)  # if it was short
                 return process.returncode, usage.ru_utime + usage.ru_stime, wall_s
     finally:
         os.close(ended)
