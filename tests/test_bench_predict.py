@@ -14,6 +14,7 @@ from inference_case import encoded_drawings
 from catdog import hardware, storage
 from catdog.bench import limit, peers, predict, predict_record, shell, tree
 from catdog.bench.predict_record import Measurement
+from catdog.bench.spread import spread
 from catdog.config import BenchPredictConfig
 from catdog.errors import CatdogError, OutputRefusedError, UsageError
 
@@ -204,7 +205,7 @@ def test_figures_are_refused_of_who_does_not_label_all(
     assert record.ratios["inline"]["keras-32"].median == 1
     # 16 images in the 4 seconds that the longer run takes longer; three cores, of which each takes 0.3 s per image.
     assert record.limit_images_per_s.median == pytest.approx(10)
-    assert record.steady_images_per_s == predict_record.spread([4.0])
+    assert record.steady_images_per_s == spread([4.0])
     assert record.steady_share_of_limit is not None
     assert record.steady_share_of_limit.median == pytest.approx(0.4)
     said: list[str] = pretended["said"]

@@ -23,7 +23,8 @@ import pyarrow as pa
 
 from catdog import bundle, hardware, provenance, scratch, storage
 from catdog.bench import limit, peers, predict_record, shell, tree
-from catdog.bench.predict_record import OURS, BenchPredictRecord, Measurement, spread
+from catdog.bench.predict_record import OURS, BenchPredictRecord, Measurement
+from catdog.bench.spread import Spread, spread
 from catdog.bundle import Bundle
 from catdog.config import BenchPredictConfig
 from catdog.errors import BooksError, CatdogError, UsageError
@@ -42,7 +43,7 @@ TIMEOUT_S: Final = 600.0
 
 TIMEOUT_FACTOR: Final = 20
 
-OPENVINO_NAMES: Final = ("openvino/int8.xml", "openvino/float.xml")
+OPENVINO_NAMES: Final = (bundle.ir_names("int8")["xml"], bundle.ir_names("float")["xml"])
 """OpenVINO's models in a bundle, the faster one first."""
 
 
@@ -255,7 +256,7 @@ class _Bench:
         """The rounds, with the contenders that count."""
         return [{name: each for name, each in a_round.items() if name not in self.refused} for a_round in self._rounds]
 
-    def steady(self, limits: Sequence[float]) -> tuple[predict_record.Spread | None, predict_record.Spread | None]:
+    def steady(self, limits: Sequence[float]) -> tuple[Spread | None, Spread | None]:
         """Images per second of inline under way, and as a share of the limit; None where there are too few images."""
         longer = [each["inline"].seconds - fifth for each, fifth in zip(self._rounds, self.fifth_seconds, strict=True)]
         if min(longer) <= 0:

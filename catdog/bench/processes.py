@@ -22,6 +22,7 @@ them; `train_loss`."""
 
 POLL_S: Final = 0.2
 STOP_TIMEOUT_S: Final = 30
+"""How long a process that is stopped is given to end."""
 
 
 def run(settings: Sequence[Settings], scratch: str) -> list[list[Epoch]]:
@@ -34,15 +35,13 @@ def run(settings: Sequence[Settings], scratch: str) -> list[list[Epoch]]:
     Raises:
         TrainingError: one failed; the others have been ended.
     """
-    # The contenders run on this machine, also where there is a cluster.
-    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "TF_CONFIG")}
     results = [Path(scratch, f"result-{index}.json") for index in range(len(settings))]
     with contextlib.ExitStack() as stack:
         started = []
         for each, result in zip(settings, results, strict=True):
             log = stack.enter_context(open(result.with_suffix(".log"), "w+b"))
             command = [sys.executable, "-m", "catdog.bench.contenders", json.dumps(each), str(result)]
-            started.append((stack.enter_context(_running(command, environment, log)), log))
+            started.append((stack.enter_context(_running(command, log)), log))
         # Where one fails, the others wait for it, and must be ended.
         while any(process.poll() is None for process, _ in started):
             time.sleep(POLL_S)
@@ -55,19 +54,29 @@ def run(settings: Sequence[Settings], scratch: str) -> list[list[Epoch]]:
     return [json.loads(result.read_text()) for result in results]
 
 
+def environment() -> dict[str, str]:
+    """The environment of contenders. They run on this machine, also where there is a cluster."""
+    return {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "TF_CONFIG")}
+
+
 @contextlib.contextmanager
-def _running(command: list[str], environment: dict[str, str], log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+def _running(command: list[str], log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """Start a process, and end it when the block is left."""
-    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    process = subprocess.Popen(command, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
         yield process
     finally:
-        process.terminate()
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process: gently, then with SIGKILL."""
+    process.terminate()
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _tail(log: IO[bytes]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from catdog import storage
+from catdog.bench import processes
 from catdog.errors import ImageError
 from catdog.storage import SourceFile
 from catdog.storage.urls import split_member
@@ -21,9 +22,8 @@ Rows = Mapping[str, tuple[Any, ...]]
 
 
 def environment() -> dict[str, str]:
-    """The environment of contenders. They run on this machine, also where there is a cluster."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "TF_CONFIG")}
-    return {"TF_CPP_MIN_LOG_LEVEL": "2", "RAY_USAGE_STATS_ENABLED": "0", **kept}
+    """The environment of contenders, as `processes.environment`, in which their libraries say less."""
+    return {"TF_CPP_MIN_LOG_LEVEL": "2", "RAY_USAGE_STATS_ENABLED": "0", **processes.environment()}
 
 
 def write_pictures(files: Sequence[SourceFile], directory: str) -> dict[str, str]:

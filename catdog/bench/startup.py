@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from catdog import provenance, scratch, storage
 from catdog.bench import shell, tree
-from catdog.bench.predict_record import Spread, spread
+from catdog.bench.spread import Spread, spread
 from catdog.config import BenchStartupConfig
 from catdog.errors import CatdogError
 from catdog.provenance import Host

@@ -13,13 +13,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from catdog import hardware, provenance, scratch, storage
 from catdog.bench import processes, subset
 from catdog.bench.processes import Epoch, Settings
+from catdog.bench.spread import Spread, spread
 from catdog.config import BenchTrainConfig, TrainConfig
 from catdog.dataset import reading
 from catdog.errors import UsageError
@@ -42,12 +43,9 @@ NUM_VAL_IMAGES: Final = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figure:
+class Figure(Spread):
     """A ratio, over the rounds."""
 
-    median: float
-    min: float
-    max: float
     target: float
 
     def __str__(self) -> str:
@@ -276,5 +274,5 @@ def figures(rounds: Sequence[Round], num_workers: int) -> dict[str, Figure]:
     found = {}
     for name, (definition, target) in definitions.items():
         values = [definition(each) for each in rounds]
-        found[name] = Figure(median=statistics.median(values), min=min(values), max=max(values), target=target)
+        found[name] = Figure(**asdict(spread(values)), target=target)
     return found

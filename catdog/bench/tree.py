@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from catdog.bench import processes
+
 CPU_INTERVAL_S: Final = 0.1
 MEMORY_INTERVAL_S: Final = 0.5
-STOP_TIMEOUT_S: Final = 30
-"""How long a command that is stopped, or what it leaves behind, is given to end."""
 
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 
@@ -77,11 +77,7 @@ def measure(
         try:
             exit_code, own_cpu_s, wall_s = _watch(process, tree, started, timeout_s)
         except BaseException:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(STOP_TIMEOUT_S)
-            process.kill()
-            process.wait()
+            processes.stop(process)
             raise
         finally:
             tree.stop_the_rest()
@@ -170,7 +166,7 @@ class _Tree:
 
     def stop_the_rest(self) -> None:
         """Stop what is still there: gently, then with SIGKILL."""
-        deadline = time.monotonic() + STOP_TIMEOUT_S
+        deadline = time.monotonic() + processes.STOP_TIMEOUT_S
         sent = signal.SIGTERM
         self.look()
         while self._alive:
