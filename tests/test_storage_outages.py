@@ -226,7 +226,10 @@ FILES = {f"{i:02}.jpg": b"%d" % i * 2000 for i in range(24)}
 
 
 @pytest.fixture
-def bucket(s3: S3Server, proxy: FaultProxy) -> str:
+def bucket(s3: S3Server, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.delenv(
+        outages.PATIENCE_VARIABLE
+    )  # `s3` has set one that six faults of one request in a row can outlast
     name = s3.new_bucket()
     storage.publish_bytes(f"{name}/begin", b"the keys work")
     return name
