@@ -7,6 +7,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,12 @@ def cluster_address(ray_address: str | None) -> str | None:
     """
     address = ray_address or os.environ.get("RAY_ADDRESS")
     return None if address in (None, "", "local") else address
+
+
+def is_worker() -> bool:
+    """Whether this process is a worker of Ray. Ray is not imported for that: a worker has imported it."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
 
 
 @contextlib.contextmanager

@@ -11,12 +11,12 @@ With each fault, the number of requests in flight to the storage is halved. With
 import contextlib
 import os
 import random
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from typing import Final
 
+from catdog import ray_session
 from catdog.errors import UsageError
 from catdog.storage.urls import storage_of
 
@@ -92,8 +92,11 @@ class Storage:
 
     @property
     def has_succeeded(self) -> bool:
-        """Whether it has done what it was asked for: for this process, or for the driver of this worker."""
-        return self._has_succeeded or _is_worker()
+        """Whether it has done what it was asked for: for this process, or for the driver of this worker.
+
+        A driver asks every storage before it starts a worker.
+        """
+        return self._has_succeeded or ray_session.is_worker()
 
     @property
     def failure(self) -> str:
@@ -173,7 +176,7 @@ class Storage:
         """
         if self.name == "":
             patience = min(patience, _LOCAL_PATIENCE_S)
-        elif is_unreachable and not (self._has_answered or _is_worker()):
+        elif is_unreachable and not (self._has_answered or ray_session.is_worker()):
             patience = min(patience, _FIRST_CONTACT_S)
         with self._changed:
             now = time.monotonic()
@@ -204,12 +207,6 @@ class Storage:
         end = min(time.monotonic() + random.uniform(0, longest), deadline)
         while (left_s := end - time.monotonic()) > 0 and not self._is_over(started):
             time.sleep(min(left_s, _POLL_S))
-
-
-def _is_worker() -> bool:
-    """Whether this process is a worker of Ray. Its driver asks every storage before it starts a worker."""
-    ray = sys.modules.get("ray")
-    return ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
 
 
 class _Holding(threading.local):
