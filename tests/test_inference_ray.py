@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from inference_case import answers, archive, descendants, is_alive, job_of, kill_after_first_part, photographs
 
-from catdog import ray_session, storage
+from catdog import bundle, ray_session, storage
 from catdog.config import PredictConfig
 from catdog.errors import BundleError, CatdogError, StorageError
 from catdog.inference import RunRecord, executors, predict, verify
@@ -76,7 +76,11 @@ def test_an_actors_error_is_the_jobs_error(tmp_path: Path, model: str) -> None:
     with storage.claimed(str(output), "predict") as claim:
         job = job_of(output, model, claim, model_id="x")
         with pytest.raises(BundleError, match="must not change during a run"):
-            list(executors.run("ray", job, [Slice(part="part-x.parquet", files=[], known=[])], None, 1, None))
+            list(
+                executors.run(
+                    "ray", job, bundle.load(model), [Slice(part="part-x.parquet", files=[], known=[])], None, 1, None
+                )
+            )
 
 
 @pytest.mark.usefixtures("embedded_ray")

@@ -36,17 +36,17 @@ def predict(config: PredictConfig) -> RunRecord:
     started, started_at = time.monotonic(), datetime.now(UTC)
     sources = [storage.absolute(url, keep_slash=True) for url in config.sources]
     output = storage.absolute(config.output)
-    model_id = bundle.load(config.model).model_id
+    model = bundle.load(config.model)
     refuse_output_inside(sources, output)
     list_parts(output)
     with (
         storage.claimed(output, "predict") as claim,
-        open_plan(sources, output, model_id, retry_errors=config.retry_errors) as plan,
+        open_plan(sources, output, model.model_id, retry_errors=config.retry_errors) as plan,
     ):
         planned = time.monotonic()
         job = Job(
             model=None if config.model is None else storage.absolute(config.model),
-            model_id=model_id,
+            model_id=model.model_id,
             output=output,
             claim_url=claim.url,
             claim_owner=claim.owner,
@@ -62,7 +62,7 @@ def predict(config: PredictConfig) -> RunRecord:
         ledger = books.Ledger(plan.counts, plan.listed.skipped)
         if plan.counts.to_label:
             results = executors.run(
-                executor, job, plan.slices(), config.num_workers, config.cpus_per_worker, config.ray_address
+                executor, job, model, plan.slices(), config.num_workers, config.cpus_per_worker, config.ray_address
             )
             ledger.enter(results)
         done = time.monotonic()

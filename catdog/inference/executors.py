@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any, Final, Literal
 
 from catdog import errors, ray_internals, ray_session
+from catdog.bundle import Bundle
 from catdog.config import Executor
 from catdog.errors import CatdogError
 from catdog.inference.plan import Slice
@@ -52,6 +53,7 @@ def chosen(executor: Executor, ray_address: str | None) -> Literal["inline", "ra
 def run(
     executor: Literal["inline", "ray"],
     job: Job,
+    model: Bundle,
     slices: Iterable[Slice],
     num_workers: int | None,
     cpus_per_worker: int,
@@ -63,6 +65,7 @@ def run(
         executor: `inline` to label on the threads of this process, or `ray` to label in Ray Data jobs, whose actors
             label whole slices.
         job: what to label with, and where to publish.
+        model: the job's bundle, which this process has verified. Actors load it for themselves.
         slices: the slices of the plan.
         num_workers: number of decoding threads (`inline`) or largest number of actors (`ray`); None for one per core of
             this machine, or as many as the cluster has room for at the time.
@@ -73,7 +76,7 @@ def run(
         CatdogError: a worker raised it, or actors died too often, or the cluster has no CPU.
     """
     if executor == "inline":
-        with Worker(job, num_workers) as worker:
+        with Worker(job, num_workers, model) as worker:
             for result in worker.run(slices, num_suspects=MAX_UNDER_WAY if job.is_after_death else 0):
                 if result.is_published:
                     after_publishing()

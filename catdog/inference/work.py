@@ -113,19 +113,20 @@ class SliceResult:
 class Worker:
     """Labels and publishes slices with the threads of this process. It is a context manager."""
 
-    def __init__(self, job: Job, num_workers: int | None) -> None:
+    def __init__(self, job: Job, num_workers: int | None, model: bundle.Bundle | None = None) -> None:
         """Load the model.
 
         Args:
             job: what to label with, and where to publish.
             num_workers: number of decoding threads; None for one per core.
+            model: the job's bundle, if this process has verified it; else it is loaded.
 
         Raises:
             BundleError: the model cannot be used, or is not the one that the job names.
             StorageError: this process does not see the output, or the images, that the driver sees.
         """
         _prove_sight(job)
-        model = bundle.load(job.model)
+        model = model or bundle.load(job.model)
         if model.model_id != job.model_id:
             raise BundleError(f"{model.url} must not change during a run. Received: another {bundle.CARD_NAME}")
         self._job = job
