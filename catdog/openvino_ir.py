@@ -67,7 +67,7 @@ def _logits_function(model: keras.Model) -> Any:
     network = mirrored_network(model)
     is_mirrored = network is not None
     network = network or logits_model(model)
-    last = model.get_layer(LOGITS_LAYER) if not is_mirrored else network.get_layer(LOGITS_LAYER)
+    last = network.get_layer(LOGITS_LAYER)
     if isinstance(last, keras.layers.Dense):
         features_of = keras.Model(network.input, last.input)
         kernel_F, bias = (tf.cast(weight, tf.float32) for weight in last.get_weights())

@@ -64,13 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CatdogError as error:
         print("error:", provenance.redact(" ".join(str(error).splitlines())), file=sys.stderr)
         return error.exit_code
-    except OSError as error:
-        if (text := _fault_of_environment(error)) is None:
-            raise
-        print("error:", text, file=sys.stderr)
-        return EXIT_FAILED
-    except ModuleNotFoundError as error:
-        if (text := _missing_extra(error)) is None:
+    except (OSError, ModuleNotFoundError) as error:
+        text = _fault_of_environment(error) if isinstance(error, OSError) else _missing_extra(error)
+        if text is None:
             raise
         print("error:", text, file=sys.stderr)
         return EXIT_FAILED

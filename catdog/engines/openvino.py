@@ -57,7 +57,6 @@ class OpenVINOEngine:
     name: Final = "openvino"
 
     def __init__(self, ir: IR, image_size: int, *, is_int8: bool, num_parallel: int = 1) -> None:
-        self._openvino = openvino_ir.load_openvino()
         has_bfloat16 = hardware.has_bfloat16() and not is_int8
         self.arithmetic: Arithmetic = "int8" if is_int8 else "bfloat16" if has_bfloat16 else "float32"
         settings = {
@@ -66,7 +65,7 @@ class OpenVINOEngine:
             "INFERENCE_NUM_THREADS": num_parallel,
             "ENABLE_CPU_PINNING": False,
         }
-        compiled = self._openvino.Core().compile_model(openvino_ir.read_ir(ir), "CPU", settings)
+        compiled = openvino_ir.load_openvino().Core().compile_model(openvino_ir.read_ir(ir), "CPU", settings)
         self._free: queue.SimpleQueue[object] = queue.SimpleQueue()
         for _ in range(num_parallel):
             self._free.put(compiled.create_infer_request())
