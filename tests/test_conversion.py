@@ -1,24 +1,20 @@
 """`catdog convert`: an older bundle gets OpenVINO's files, and its int8 model is judged on the validation split."""
 
-import hashlib
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
+from dataset_case import row_of, write_splits
 from inference_case import encoded_drawings, save_model
-from PIL import Image
 
-from catdog import bundle, conversion, quantization, storage
+from catdog import bundle, conversion, quantization
 from catdog.cli import main
 from catdog.config import ConvertConfig, EvaluateConfig
 from catdog.conversion import ConversionRecord
 from catdog.engines import load_engine
 from catdog.errors import BundleError, DatasetError, OutputRefusedError, UsageError
 from catdog.evaluation import evaluate
-from catdog.schema import DATASET_SCHEMA
 
 pytestmark = pytest.mark.slow
 
@@ -26,41 +22,13 @@ NUM = {"train": 40, "val": 30, "test": 30}
 
 
 def write_dataset(url: str, num: dict[str, int], picture: bytes | None = None) -> str:
-    """A dataset of drawings whose labels take turns."""
+    """A dataset of drawings whose labels take turns; `picture` is there in place of every drawing."""
     drawings = iter(encoded_drawings(sum(num.values())))
-    counts, parts = {}, {}
+    splits = {}
     for split, num_images in num.items():
-        rows = []
-        for index in range(num_images):
-            image = next(drawings)
-            width, height = Image.open(io.BytesIO(image)).size
-            rows.append(
-                {
-                    "image_id": hashlib.sha256(image).hexdigest(),
-                    "uri": f"/{split}/{index}.png",
-                    "label": index % 2,
-                    "image": picture or image,
-                    "width": width,
-                    "height": height,
-                }
-            )
-        if rows:
-            name = storage.join(url, split, "part-00000.parquet")
-            storage.publish_parquet(name, pa.Table.from_pylist(rows, schema=DATASET_SCHEMA))
-        parts[split] = {"part-00000.parquet": num_images} if rows else {}
-        counts[split] = {"cat": num_images - num_images // 2, "dog": num_images // 2}
-    info = {
-        "format": "catdog-dataset",
-        "format_version": 1,
-        "class_names": ["cat", "dog"],
-        "counts": counts,
-        "parts": parts,
-        "mean": [128.0, 128.0, 128.0],
-        "std": [64.0, 64.0, 64.0],
-        "digest": "0123",
-    }
-    storage.publish_json(storage.join(url, "dataset.json"), info)
-    return url
+        rows = [row_of(next(drawings), f"/{split}/{index}.png", index % 2) for index in range(num_images)]
+        splits[split] = [[row | {"image": picture or row["image"]} for row in rows]] if rows else []
+    return write_splits(url, splits)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 Dogs are red here and cats are blue; the model looks at nothing else.
 """
 
-import hashlib
 import io
 import json
 import math
@@ -13,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from dataset_case import Row, row_of, write_splits
 from inference_case import encoded_drawings
 from PIL import Image
 
@@ -25,14 +24,12 @@ from catdog.dataset import load_info
 from catdog.errors import BundleError, CatdogError, DatasetError, OutputRefusedError, UsageError
 from catdog.evaluation import EvaluationRecord
 from catdog.labelling import load_labeller
-from catdog.schema import DATASET_SCHEMA
 
 pytestmark = pytest.mark.slow
 
 SIZE_PX = 32
 GAIN = 10.0
 REVIEW_THRESHOLD = 0.9
-Row = dict[str, Any]
 
 
 def prob_dog_of(redness: int) -> float:
@@ -46,12 +43,6 @@ def picture(redness: int, width: int = 40) -> bytes:
     return buffer.getvalue()
 
 
-def row_of(image: bytes, uri: str, label: int) -> Row:
-    width, height = Image.open(io.BytesIO(image)).size
-    image_id = hashlib.sha256(image).hexdigest()
-    return {"image_id": image_id, "uri": uri, "label": label, "image": image, "width": width, "height": height}
-
-
 def rows_of(labels_and_redness: Sequence[tuple[int, int]]) -> list[Row]:
     """A row per (label, redness); no two pictures are the same file."""
     return [
@@ -62,27 +53,7 @@ def rows_of(labels_and_redness: Sequence[tuple[int, int]]) -> list[Row]:
 
 def write_dataset(url: str, parts: Sequence[list[Row]]) -> str:
     """A dataset with these parts in its test split, and nothing else in it."""
-    names = [f"part-{index:05}.parquet" for index in range(len(parts))]
-    for name, rows in zip(names, parts, strict=True):
-        storage.publish_parquet(storage.join(url, "test", name), pa.Table.from_pylist(rows, schema=DATASET_SCHEMA))
-    labels = [row["label"] for rows in parts for row in rows]
-    num_dogs = sum(label != 0 for label in labels)
-    info = {
-        "format": "catdog-dataset",
-        "format_version": 1,
-        "class_names": ["cat", "dog"],
-        "counts": {
-            "train": {"cat": 0, "dog": 0},
-            "val": {"cat": 0, "dog": 0},
-            "test": {"cat": len(labels) - num_dogs, "dog": num_dogs},
-        },
-        "parts": {"train": {}, "val": {}, "test": dict(zip(names, map(len, parts), strict=True))},
-        "mean": [128.0, 128.0, 128.0],
-        "std": [64.0, 64.0, 64.0],
-        "digest": "0123",
-    }
-    storage.publish_json(storage.join(url, "dataset.json"), info)
-    return url
+    return write_splits(url, {"test": parts})
 
 
 @pytest.fixture(scope="session")
