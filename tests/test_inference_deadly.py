@@ -200,7 +200,11 @@ def test_a_command_that_is_stopped_goes_on(tmp_path: Path, model: str) -> None:
         (child,) = descendants(process.pid)
         process.send_signal(signal.SIGTSTP)
         assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
-        assert Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-        process.send_signal(signal.SIGCONT)
+        try:
+            deadline = time.monotonic() + 10  # its threads stop one by one
+            while Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+                assert time.monotonic() < deadline
+        finally:  # nobody could wait for a process that is stopped
+            process.send_signal(signal.SIGCONT)
         assert process.communicate(timeout=60)[0].startswith(b"Labelled 4,000 images")
         assert process.returncode == 0

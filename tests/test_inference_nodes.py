@@ -144,7 +144,7 @@ def test_predict_on_a_node_that_does_not_see_the_output(blind: Path, tmp_path: P
 
 
 def test_prepare_on_a_node_that_does_not_see_the_output(blind: Path, tmp_path: Path) -> None:
-    images, output = tmp_path / "photos", blind / "data"
+    images, output = tmp_path / "photos", blind / "prepared"
     images.mkdir()
     for number, drawing in enumerate(encoded_drawings(20)):
         (images / f"{CLASS_NAMES[number % 2]}.{number}.png").write_bytes(drawing)
