@@ -1,7 +1,6 @@
 """Finding images. Listings stream: one directory at a time is in memory, or one page of a listing of S3."""
 
 import collections
-import concurrent.futures
 import dataclasses
 import errno
 import functools
@@ -16,15 +15,11 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, Final
 
 import fsspec.utils
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from catdog.errors import StorageError, UsageError
 from catdog.provenance import redact
-from catdog.storage import archives, outages, s3
+from catdog.storage import archives, manifests, outages, s3
 from catdog.storage.filesystems import SourceFile, attempt, describe, filesystem, info, require, version_of
-from catdog.storage.outages import MAX_CONNECTIONS
-from catdog.storage.reading import open_read
 from catdog.storage.urls import (
     absolute,
     is_local,
@@ -32,15 +27,11 @@ from catdog.storage.urls import (
     local_path,
     location,
     path_uri,
-    resolve,
     split_member,
     storage_of,
 )
 
 logger = logging.getLogger(__name__)
-
-_MANIFEST_ROWS: Final = 1024
-"""Rows of a manifest whose files are looked up together."""
 
 
 class Listing(Iterator[SourceFile]):
@@ -239,7 +230,7 @@ def _list(url: str, listing: Listing, own: Collection[str]) -> Iterator[SourceFi
     if url.lower().endswith(".zip"):
         yield from _list_archive(url)
     elif url.lower().endswith(".parquet"):
-        yield from _list_manifest(url, listing, own)
+        yield from manifests.list_manifest(url, lambda uri: _look_up(uri, listing, own))
     elif (file := _look_up(url, listing, own)) is not None:
         yield file
     if has_keys:
@@ -409,38 +400,6 @@ def _walk_any(
             yield SourceFile(join(directory, name), version_of(entry), entry["size"] or 0)
         elif depth.enters(name):
             yield from _walk_any(fs, join(directory, name), entry["name"], listing, depth.below)
-
-
-def _list_manifest(url: str, listing: Listing, own: Collection[str]) -> Iterator[SourceFile]:
-    directory = url.rpartition("/")[0]
-    seen: set[str] = set()
-
-    def look_up(uri: str) -> SourceFile:
-        return _look_up(uri, listing, own) or SourceFile(uri, "", 0)
-
-    with open_read(url) as file, concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS) as pool:
-        try:
-            parquet = pq.ParquetFile(file)
-        except pa.ArrowInvalid as error:
-            raise UsageError(f"A manifest must be a Parquet file: {error}. Received: {redact(url)}") from error
-        if "uri" not in parquet.schema_arrow.names:
-            raise UsageError(
-                "A manifest must have a column named uri. "
-                f"Received: {redact(url)} with the columns {', '.join(parquet.schema_arrow.names)}"
-            )
-        for batch in parquet.iter_batches(_MANIFEST_ROWS, columns=["uri"]):
-            uris = [_named(uri, directory) for uri in batch.column(0).to_pylist()]
-            named = {chained[1] for uri in uris if (chained := split_member(uri)) is not None}
-            for archive in named - seen:
-                archives.forget(archive)
-            seen |= named
-            yield from (map(look_up, uris) if all(map(is_local, uris)) else pool.map(look_up, uris))
-
-
-def _named(uri: object, directory: str) -> str:
-    if not isinstance(uri, str):
-        raise UsageError(f"Each uri of a manifest must be text. Received: {uri!r}")
-    return resolve(uri, directory)
 
 
 def _look_up(uri: str, listing: Listing, own: Collection[str]) -> SourceFile | None:
