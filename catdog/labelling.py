@@ -69,6 +69,9 @@ class Verdict:
     error_message: str | None = None
     """What was wrong, in one line; None if there is a label."""
 
+    remark: str | None = None
+    """What is wrong with a file that has a label all the same, in one line."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Labelled:
@@ -165,7 +168,7 @@ class Labeller:
             except ImageError as error:
                 verdicts.append(replace(seen, error_code=error.code, error_message=provenance.one_line(error)))
             else:
-                verdicts.append(replace(seen, width=image.width, height=image.height))
+                verdicts.append(replace(seen, width=image.width, height=image.height, remark=image.remark))
                 pixels.append(image.pixels_HWC)
         pixels_BHWC = np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8)
         return _DecodedPortion(verdicts, pixels_BHWC, time.perf_counter() - started)

@@ -8,7 +8,18 @@ from typing import Any, Final, TypedDict
 
 from catdog import __version__, hardware
 
-_PACKAGES: Final = ("duckdb", "ImageHash", "keras", "numpy", "pillow", "pyarrow", "ray", "scipy", "tensorflow")
+_PACKAGES: Final = (
+    "duckdb",
+    "ImageHash",
+    "keras",
+    "numpy",
+    "pillow",
+    "pillow-heif",
+    "pyarrow",
+    "ray",
+    "scipy",
+    "tensorflow",
+)
 """Packages whose versions can change a result."""
 
 _USER_INFO: Final = re.compile(r"(?<=://)[^/@\s]+@")

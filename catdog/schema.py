@@ -102,7 +102,7 @@ REJECTS_SCHEMA: Final = versioned(
 
 PREDICTIONS_SCHEMA: Final = versioned(
     "predictions",
-    1,
+    2,
     [
         pa.field("uri", pa.string(), nullable=False),
         pa.field("image_id", pa.string()),
@@ -114,6 +114,7 @@ PREDICTIONS_SCHEMA: Final = versioned(
         pa.field("status", pa.string(), nullable=False),
         pa.field("error_code", pa.string()),
         pa.field("error_message", pa.string()),
+        pa.field("remark", pa.string()),  # since version 2
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
         pa.field("num_bytes", pa.int64()),

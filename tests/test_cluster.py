@@ -248,11 +248,11 @@ def test_images_carry_this_version() -> None:
 def test_the_labelling_image_holds_no_tensorflow() -> None:
     dockerfile = (CLUSTER / "Dockerfile").read_text()
     installed = dict(re.findall(r"^FROM \S+ AS (\w+)$.*?^(RUN pip install .*?)$", dockerfile, re.MULTILINE | re.DOTALL))
-    assert re.findall(r"\.\[([\w,-]+)\]", installed["labelling"]) == ["ray"]
+    assert re.findall(r"\.\[([\w,-]+)\]", installed["labelling"]) == ["heif,ray"]
     assert "tensorflow" not in installed["labelling"]
     assert re.findall(r"\.\[([\w,-]+)\]", installed["cpu"]) == ["train,efficientnet-lite"]
     assert {"ray", "train", "efficientnet-lite"} <= extras().keys()
-    names = {requirement.name for requirement in map(Requirement, [*dependencies(), *extras()["ray"]])}
+    names = {requirement.name for requirement in map(Requirement, [*dependencies(), *extras()["heif"], *extras()["ray"]])}
     assert not names & {"tensorflow", "keras"}
 
 

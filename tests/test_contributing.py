@@ -149,7 +149,7 @@ def forgotten_of_formats(registered: set[str] | None = None, readme: str = READM
     in_readme = set(re.findall(r"\w+", sentence.partition("CATDOG READS ")[2].partition(". ")[0]))
     for name in images.FORMATS:
         if name not in registered:
-            yield f"catdog/images.py does not import the Pillow plugin of {name}, which its FORMATS name"
+            yield f"catdog/images/__init__.py does not import the Pillow plugin of {name}, which its FORMATS name"
         if name not in in_readme:
             yield f"README's list of formats lacks {name}"
 
@@ -353,7 +353,7 @@ def test_a_forgotten_place_of_an_image_format_is_named() -> None:
     known = set(images.FORMATS)
     says(
         forgotten_of_formats(known - {"AVIF"}),
-        "catdog/images.py does not import the Pillow plugin of AVIF, which its FORMATS name",
+        "catdog/images/__init__.py does not import the Pillow plugin of AVIF, which its FORMATS name",
     )
     readme = README.replace("JPEG 2000", "JPEG").replace("GIF, ", "")
     for name in ("JPEG2000", "GIF"):

@@ -4,6 +4,7 @@ import concurrent.futures
 import csv
 import functools
 import io
+import re
 import struct
 import subprocess
 import warnings
@@ -25,11 +26,13 @@ from catdog.schema import ERROR_CODES
 SIZE = 64
 
 REFUSED = {
-    "pillow/10ct_32bit_128.tiff": "unsupported_format",  # mode F
-    "pillow/16bit.s.tif": "unsupported_format",  # mode I: signed 16 bits
+    "pillow/10ct_32bit_128.tiff": "unsupported_format",  # mode F, with values from -3.1 to 3.1
     "pillow/broken_data_stream.png": "decode_failed",  # Pillow itself only "loads" it when asked twice
 }
 """Files in common formats that Pillow is said to load and we do not."""
+
+MENDED = {"pillow/truncated_jpeg.jpg"}  # lacks the last byte of its end marker
+"""Files that Pillow is said not to load and we do."""
 
 
 def encode(image: Image.Image, format: str, **options: Any) -> bytes:  # noqa: A002
@@ -94,8 +97,9 @@ def test_every_odd_file_is_decoded_or_named(
                 continue
             assert decoded.pixels_HWC.shape == (SIZE, SIZE, 3)
             assert decoded.pixels_HWC.dtype == np.uint8
-            assert 0 < decoded.width * decoded.height <= images.MAX_PIXELS
+            assert decoded.width * decoded.height > 0
             outcomes[name] = "ok"
+            assert (decoded.remark is not None) == (name in MENDED), name
     assert len(outcomes) == 591
     assert set(outcomes.values()) <= {"ok", *ERROR_CODES}
     assert max(width * height for width, height in loaded_sizes) <= images.MAX_PIXELS
@@ -103,7 +107,9 @@ def test_every_odd_file_is_decoded_or_named(
     assert capfd.readouterr() == ("", "")
     for name, row in known.items():
         common = row["format"] in (*images.FORMATS, "MPO")
-        if name in REFUSED:
+        if name in MENDED:
+            assert outcomes[name] == "ok"
+        elif name in REFUSED:
             assert outcomes[name] == REFUSED[name]
         elif row["pillow_load"] == "ok":
             assert outcomes[name] == ("ok" if common else "unsupported_format"), name
@@ -111,9 +117,14 @@ def test_every_odd_file_is_decoded_or_named(
             assert outcomes[name] != "ok", name
         if row["width"] and float(row["width"]) * float(row["height"]) > images.MAX_PIXELS:
             assert outcomes[name] == ("too_large" if common else "unsupported_format")
-        if "truncated" in row["pillow_load"].lower() and common and outcomes[name] != "too_large":
+        if (
+            "truncated" in row["pillow_load"].lower()
+            and common
+            and outcomes[name] != "too_large"
+            and name not in MENDED
+        ):
             assert outcomes[name] == "truncated"
-    assert list(outcomes.values()).count("ok") == 414
+    assert list(outcomes.values()).count("ok") == 416
 
 
 @pytest.mark.parametrize(
@@ -376,13 +387,62 @@ def test_what_is_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
     eps = encode(photo(), "EPS")
     assert error_of(eps).code == "unsupported_format"
     assert error_of(encode(photo(), "TGA")).code == "unsupported_format"
-    heic = error_of(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
-    assert (heic.code, str(heic)[:4]) == ("unsupported_format", "HEIC")
 
 
-def test_floating_point_pixels_are_refused() -> None:
-    error = error_of(encode(Image.new("F", (10, 10), 0.5), "TIFF"))
-    assert (error.code, str(error)) == ("unsupported_format", "TIFF with the pixel mode F is not supported")
+@pytest.mark.parametrize("format_", ["TIFF", "PPM"])
+@pytest.mark.parametrize(
+    ("mode", "white"), [("F", 1), ("F", 255), ("F", 65535), ("I", 255), ("I", 65535)], ids=lambda value: str(value)
+)
+def test_deep_pixels_are_scaled_to_the_smallest_white_that_none_exceeds(format_: str, mode: str, white: int) -> None:
+    if (format_, mode, white) == ("PPM", "I", 255):
+        return  # Pillow writes, and reads, 65535 as the white of such a PGM file: see below
+    ramp = np.tile(np.linspace(0, 1, 256), (64, 1))
+    expected = pixels(encode(Image.fromarray(np.rint(ramp * 255).astype(np.uint8)), "PNG"))
+    values = (ramp * white).astype(np.float32) if mode == "F" else np.rint(ramp * white).astype(np.int32)
+    image = Image.fromarray(values)
+    assert image.mode == mode
+    assert np.abs(pixels(encode(image, format_)) - expected).max() <= 1
+
+
+def test_the_white_of_a_deep_pgm_file_is_its_own() -> None:
+    header = b"P5 2 1 1000\n"
+    dark = images.open_upright(header + struct.pack(">2H", 0, 100))
+    assert [dark.getpixel((x, 0)) for x in range(2)] == [(0, 0, 0), (26, 26, 26)]
+    bright = images.open_upright(header + struct.pack(">2H", 500, 1000))
+    assert [bright.getpixel((x, 0)) for x in range(2)] == [(128, 128, 128), (255, 255, 255)]
+
+
+def test_the_white_of_16_bits_with_a_sign_is_the_largest_of_them() -> None:
+    data = bytearray(encode(Image.fromarray(np.array([[0, 100, 16384, 32767]], np.uint16)), "TIFF"))
+    assert data[-8:] == struct.pack("<4H", 0, 100, 16384, 32767)
+    at = data.index(struct.pack("<HHI", 284, 3, 1))  # in place of the planar configuration, which counts for nothing
+    data[at : at + 12] = struct.pack("<HHII", 339, 3, 1, 2)  # integers with a sign
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.mode == "I"
+    upright = images.open_upright(bytes(data))
+    assert [upright.getpixel((x, 0)) for x in range(4)] == [(value,) * 3 for value in (0, 1, 128, 255)]
+    data[-2:] = struct.pack("<h", -1)
+    assert str(error_of(bytes(data))).endswith("must have values from 0 to 32767. Received: -1 to 16384")
+
+
+@pytest.mark.parametrize(
+    ("values", "received"),
+    [
+        (np.array([[-1, 5]], np.int32), "-1 to 5"),
+        (np.array([[0, 65536]], np.int32), "0 to 65536"),
+        (np.array([[-0.5, 1]], np.float32), "-0.5 to 1"),
+        (np.array([[0, 1e9]], np.float32), "0 to 1e+09"),
+        (np.array([[0, np.inf]], np.float32), "0 to inf"),
+        (np.array([[np.nan, 1]], np.float32), "nan to nan"),
+    ],
+)
+def test_deep_pixels_without_a_white_are_refused(values: np.ndarray[Any, Any], received: str) -> None:
+    error = error_of(encode(Image.fromarray(values), "TIFF"))
+    assert error.code == "unsupported_format"
+    assert re.fullmatch(
+        rf"TIFF with the pixel mode [IF] must have values from 0 to .*65535\. Received: {re.escape(received)}",
+        str(error),
+    )
 
 
 def test_bombs_are_refused_by_their_header() -> None:
@@ -454,8 +514,10 @@ def test_damage_only_ever_raises_image_errors(name: str, data: st.DataObject) ->
 
 def test_cut_jpegs_are_truncated() -> None:
     whole = encode(photo(400, 300), "JPEG")
-    codes = [decodes_or_is_named(whole[:cut]) for cut in range(700, len(whole) - 200, 97)]
-    assert set(codes) == {"truncated"}
+    codes = [decodes_or_is_named(whole[:cut]) for cut in range(700, len(whole), 97)]
+    num_truncated = codes.count("truncated")
+    assert codes == ["truncated"] * num_truncated + ["ok"] * (len(codes) - num_truncated)
+    assert 0.85 < num_truncated / len(codes) < 1
 
 
 PICTURE, THUMBNAIL, OTHER = (200, 30, 40), (20, 120, 220), (30, 200, 60)

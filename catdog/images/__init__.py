@@ -2,7 +2,8 @@
 
 Training and labelling both decode here, so that they see the same pixels. Every function is thread-safe, and Pillow
 releases the GIL while it decodes and resizes. Of an animation or a multi-page file only the first frame is read; of a
-TIFF file, the first page that is no thumbnail. Colour profiles are ignored.
+TIFF file, the first page that is no thumbnail; of a HEIF file, the picture that it calls primary. Colour profiles are
+ignored.
 
 Shapes: `H` = `W` = the requested size in pixels, `C` = 3 (RGB).
 """
@@ -16,7 +17,7 @@ import re
 import struct
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -31,7 +32,7 @@ from PIL import (
     Image,
     ImageFile,
     Jpeg2KImagePlugin,  # noqa: F401
-    JpegImagePlugin,  # noqa: F401
+    JpegImagePlugin,
     PngImagePlugin,  # noqa: F401
     PpmImagePlugin,  # noqa: F401
     TiffImagePlugin,
@@ -41,9 +42,17 @@ from PIL import (
 
 from catdog import tiff
 from catdog.errors import ImageError
+from catdog.images import heif, jpeg, pixels
 
 MAX_PIXELS: Final = 89_478_485
-"""Largest width times height of an image that is decoded: the limit at which Pillow warns of a decompression bomb."""
+"""Largest width times height of an image that is decoded: the limit at which Pillow warns of a decompression bomb. Of a
+JPEG, that of the draft which is decoded in its place counts."""
+
+_MAX_COEFFICIENTS: Final = 3 * MAX_PIXELS
+"""Most coefficients of a JPEG in several scans, which a decoder holds at once, with 2 bytes for each."""
+
+_DRAFTS: Final = (1, 2, 4, 8)
+"""Parts of its width and height at which a JPEG can be decoded: a half, a quarter, an eighth."""
 
 RESIZE_RULE: Final = "stretch-bilinear-v1"
 """Name of what `decode` does: the whole picture, EXIF upright, RGB, transparency on white, stretched to a square by
@@ -52,13 +61,11 @@ bilinear interpolation with antialiasing. Every model bundle stores it, so it mu
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
 """The formats that are read, in the order in which they are tried. Decoding none of them starts a process (EPS does),
-and each is recognised by its first bytes (TGA is not). JPEG includes MPO, the multi-picture JPEG of phones."""
+and each is recognised by its first bytes (TGA is not). JPEG includes MPO, the multi-picture JPEG of phones. HEIF is
+tried after them, if the extra `heif` is installed."""
 
 _JPEG_FORMATS: Final = ("JPEG", "MPO")
 _CANONICAL_FORMATS: Final = (*_JPEG_FORMATS, "PNG", "WEBP")
-_16_BIT_MODES: Final = ("I;16", "I;16L", "I;16B", "I;16N")
-_MODES: Final = ("RGB", "RGBA", "RGBX", "L", "LA", "1", "P", "PA", "CMYK", "YCbCr", "LAB", *_16_BIT_MODES)
-"""The pixel modes that are read. The modes F and I are not: nothing says which of their values is white."""
 
 _ORIENTATION_TAG: Final = 0x0112
 _UPRIGHT: Final = {
@@ -99,11 +106,13 @@ class DecodedImage:
         pixels_HWC: the pixels, uint8, 0..255, RGB, read-only.
         width: the width of the upright original, in pixels.
         height: the height of the upright original, in pixels.
+        remark: what is wrong with a file that is decoded all the same, in one line.
     """
 
     pixels_HWC: npt.NDArray[np.uint8]  # noqa: N815
     width: int
     height: int
+    remark: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +135,13 @@ def decode(data: bytes, size_px: int) -> DecodedImage:
     # the full image by 0.3 of 255 on average.
     loaded = _load(data, draft_px=2 * size_px)
     small = loaded.rgb.resize((size_px, size_px), Image.Resampling.BILINEAR)
-    return DecodedImage(np.asarray(loaded.turn(small)), loaded.width, loaded.height)
+    return DecodedImage(np.asarray(loaded.turn(small)), loaded.width, loaded.height, loaded.remark)
 
 
 def open_upright(data: bytes) -> Image.Image:
     """Decode one encoded image at its full size: upright, RGB, transparency on white.
+
+    A JPEG of more than `MAX_PIXELS` is decoded at the largest of a half, a quarter and an eighth that has no more.
 
     Raises:
         ImageError: as `decode`.
@@ -142,17 +153,19 @@ def open_upright(data: bytes) -> Image.Image:
 def canonical_bytes(data: bytes) -> CanonicalImage:
     """Validate an image by decoding it, and return it as an encoded, upright RGB image.
 
-    A JPEG, PNG or WebP file that is already upright and RGB is returned byte for byte. Any other file is encoded anew:
-    JPEG as JPEG at quality 95 with full chroma, the rest as PNG.
+    A JPEG, PNG or WebP file that is already upright and RGB is returned byte for byte; a JPEG that is cut short gets an
+    end. Any other file is encoded anew: JPEG and HEIF as JPEG at quality 95 with full chroma, the rest as PNG, and a
+    JPEG of more than `MAX_PIXELS` at the size at which `open_upright` decodes it.
 
     Raises:
         ImageError: as `decode`.
     """
     loaded = _load(data)
+    data = loaded.data
     if not loaded.is_canonical:
         buffer = io.BytesIO()
         upright = loaded.turn(loaded.rgb)
-        if loaded.format in _JPEG_FORMATS:
+        if loaded.format in (*_JPEG_FORMATS, heif.FORMAT):
             upright.save(buffer, "JPEG", quality=95, subsampling=0, icc_profile=None)
         else:
             upright.save(buffer, "PNG", icc_profile=None)
@@ -165,20 +178,24 @@ class _Loaded:
     """A decoded image that is not yet turned upright.
 
     Attributes:
+        data: the encoded bytes that were decoded.
         rgb: the pixels, at full size or at that of the draft.
         format: Pillow's name for the file format.
         orientation: EXIF orientation; 1 where the file has none.
         is_canonical: whether the file is an upright RGB JPEG, PNG or WebP, and no animation.
         width: the width of the upright original, in pixels.
         height: the height of the upright original, in pixels.
+        remark: as in `DecodedImage`.
     """
 
+    data: bytes
     rgb: Image.Image
     format: str | None
     orientation: int
     is_canonical: bool
     width: int
     height: int
+    remark: str | None = None
 
     def turn(self, image: Image.Image) -> Image.Image:
         """Turn `image`, which has the orientation of this file, upright."""
@@ -190,23 +207,31 @@ def _load(data: bytes, draft_px: int | None = None) -> _Loaded:
         raise ImageError("empty_file", "the file is empty")
     _silence_pillow()
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        return _load_whole(data, draft_px)
+    except ImageError as error:
+        mended = jpeg.mended(data) if error.code == "truncated" else None
+        if mended is None:
+            raise
+    return replace(_load_whole(mended.data, draft_px), remark=mended.remark)
+
+
+def _load_whole(data: bytes, draft_px: int | None) -> _Loaded:
+    try:
+        image = _open(data)
         if isinstance(image, TiffImagePlugin.TiffImageFile):
             _turn_to_picture(image, data)
         width, height = image.size
-        _check_header(image)
-        if draft_px is not None:
-            image.draft(image.mode, (draft_px, draft_px))
+        _prepare(image, data, draft_px)
         image.load()
-        orientation = _orientation(image)
-        rgb = _as_rgb(image)
+        # libheif has turned a picture already, whatever its EXIF data says.
+        orientation = 1 if image.format == heif.FORMAT else _orientation(image)
+        rgb = pixels.as_rgb(image)
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", f"more than {MAX_PIXELS} pixels") from error
     except UnidentifiedImageError as error:
         raise _unidentified(data) from error
     except _BAD_DATA as error:
-        text = str(error) or type(error).__name__
-        raise ImageError("truncated" if _CUT_SHORT.search(text) else "decode_failed", text) from error
+        raise _damaged(data, str(error).strip() or type(error).__name__) from error
     is_canonical = (
         image.format in _CANONICAL_FORMATS
         and rgb is image
@@ -215,7 +240,21 @@ def _load(data: bytes, draft_px: int | None = None) -> _Loaded:
     )
     if orientation >= 5:
         width, height = height, width
-    return _Loaded(rgb, image.format, orientation, is_canonical, width, height)
+    return _Loaded(data, rgb, image.format, orientation, is_canonical, width, height)
+
+
+def _open(data: bytes) -> ImageFile.ImageFile:
+    """The image, of which only the header has been read."""
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        if not jpeg.is_jpeg(data):
+            raise
+        return JpegImagePlugin.jpeg_factory(io.BytesIO(data))
+    except UnidentifiedImageError:
+        if not heif.is_heif(data):
+            raise
+        return heif.open_header(data)
 
 
 def _turn_to_picture(image: TiffImagePlugin.TiffImageFile, data: bytes) -> None:
@@ -239,12 +278,30 @@ def _turn_to_picture(image: TiffImagePlugin.TiffImageFile, data: bytes) -> None:
         ) from error
 
 
-def _check_header(image: ImageFile.ImageFile) -> None:
-    """Refuse an image that must not be decoded, by its header: nothing has been decoded yet."""
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageError("too_large", f"{image.width} x {image.height} px is more than {MAX_PIXELS} pixels")
-    if image.mode not in _MODES:
+def _prepare(image: ImageFile.ImageFile, data: bytes, draft_px: int | None) -> None:
+    """Refuse an image that must not be decoded, by its header, and choose the draft of a JPEG.
+
+    Args:
+        image: the image, of which nothing has been decoded yet.
+        data: its encoded bytes.
+        draft_px: least width and height of the draft; None for the full size.
+    """
+    width, height = image.size
+    drafts = _DRAFTS if isinstance(image, JpegImagePlugin.JpegImageFile) else (1,)
+    scale = next((each for each in drafts if -(-width // each) * -(-height // each) <= MAX_PIXELS), None)
+    if scale is None:
+        raise ImageError("too_large", f"{width} x {height} px is more than {MAX_PIXELS} pixels")
+    if not pixels.is_read(image.mode):
         raise ImageError("unsupported_format", f"{image.format} with the pixel mode {image.mode} is not supported")
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+        if scale > 1 and (num_held := jpeg.num_held(image, data)) > _MAX_COEFFICIENTS:
+            raise ImageError(
+                "too_large",
+                f"a JPEG in several scans, as every progressive one is, must have at most {_MAX_COEFFICIENTS} "
+                f"coefficients. Received: {num_held}, of {width} x {height} px",
+            )
+        least_px = draft_px or max(width, height)
+        image.draft(image.mode, (min(least_px, width // scale), min(least_px, height // scale)))
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
@@ -256,24 +313,20 @@ def _orientation(image: ImageFile.ImageFile) -> int:
     return orientation if orientation in range(1, 9) else 1
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """A loaded image as RGB, on white where it is transparent. An image that is opaque RGB is returned as it is."""
-    if image.mode in _16_BIT_MODES:
-        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGB", rgba.size, "white")
-        white.paste(rgba, mask=rgba.getchannel("A"))
-        return white
-    return image if image.mode == "RGB" else image.convert("RGB")
+def _damaged(data: bytes, text: str) -> ImageError:
+    """The error for a decoder's words about a file."""
+    if heif.is_heif(data):
+        return heif.error_of(text)
+    return ImageError("truncated" if _CUT_SHORT.search(text) else "decode_failed", text)
 
 
 def _unidentified(data: bytes) -> ImageError:
     prefix = data[:16].ljust(16, b"\0")  # as many bytes as Pillow checks; some of its checks fail on fewer
     if any(Image.OPEN[name][1](prefix) is True for name in FORMATS):  # type: ignore[misc]
         return ImageError("decode_failed", "the header is damaged or cut short")
-    what = "HEIC" if prefix[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1") else "not an image in one of these formats"
-    return ImageError("unsupported_format", f"{what}: catdog reads {', '.join(FORMATS)}")
+    return ImageError(
+        "unsupported_format", f"not an image in one of these formats: catdog reads {', '.join(FORMATS)}, {heif.FORMAT}"
+    )
 
 
 _PILLOW_FILTER: Final = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
