@@ -156,8 +156,9 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     said: list[str] = []
 
     def run(bench: Any, name: str, contender: Any) -> Any:
-        files = bench._files[: bench._num_fifth] if contender is bench._fifth else bench._files
-        said.append("fifth" if contender is bench._fifth else name)
+        is_fifth = contender is bench._fifths.get(name)
+        files = bench._files[: bench._num_fifth] if is_fifth else bench._files
+        said.append(f"fifth {name}" if is_fifth else name)
         label = says.get(name, "cat")
         if isinstance(label, Exception):
             raise label
@@ -165,7 +166,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         rows = dict.fromkeys(names, (label,))
         usage = tree.Usage(
             exit_code=0,
-            wall_s=1.0 if contender is bench._fifth else 5.0,
+            wall_s=1.0 if is_fifth else 5.0,
             started_at=0.0,
             cpu_s=4.0,
             peak_memory_bytes=2**30,
@@ -205,15 +206,15 @@ def test_figures_are_refused_of_who_does_not_label_all(
     assert record.ratios["inline"]["keras-32"].median == 1
     # 16 images in the 4 seconds that the longer run takes longer; three cores, of which each takes 0.3 s per image.
     assert record.limit_images_per_s.median == pytest.approx(10)
-    assert record.steady_images_per_s == spread([4.0])
-    assert record.steady_share_of_limit is not None
-    assert record.steady_share_of_limit.median == pytest.approx(0.4)
+    assert record.steady_images_per_s == dict.fromkeys(("inline", "ray"), spread([4.0]))
+    assert record.steady_share_of_limit["ray"].median == pytest.approx(0.4)
     said: list[str] = pretended["said"]
     assert said.count("ray-docs") == said.count("keras-64") == 1
-    assert (said[0], said[-1]) == ("fifth", "fifth")
+    assert (said[0], said[-1]) == ("fifth inline", "fifth inline")
     lines = record.summary()
     assert lines[0].startswith("Labelled 20 images at 48 px, 2 times with every contender, in ")
     assert "  steady inline        4.0 images/s, 40.0 % (40.0 to 40.0) of the limit" in lines
+    assert "  steady ray           4.0 images/s, 40.0 % (40.0 to 40.0) of the limit" in lines
     assert "  ray-docs       refused: it is raining" in lines
     assert lines[-1] == f"Bench: {tmp_path / 'o'}"
 

@@ -118,7 +118,7 @@ class _Bench:
         self._rounds: list[dict[str, Measurement]] = []
         self._ours: shell.Rows | None = None
         self.parts: list[dict[str, float]] = []
-        self.fifth_seconds: list[float] = []
+        self.fifth_seconds: list[dict[str, float]] = []
         self.agreement: dict[str, float] = {}
         self.skipped: dict[str, str] = {}
         self.refused: dict[str, str] = {}
@@ -128,7 +128,7 @@ class _Bench:
         self._num_fifth = len(files) // 5
         fifth = storage.join(directory, "fifth.parquet")
         storage.publish_parquet(fifth, pa.table({"uri": [file.uri for file in files[: self._num_fifth]]}))
-        self._fifth = self._predict(fifth, "inline")
+        self._fifths = {executor: self._predict(fifth, executor) for executor in OURS}
         self._contenders = {executor: self._predict(images, executor) for executor in OURS}
         for name, settings in _peers(model, pictures).items():
             if absent := peers.missing(settings["contender"]):
@@ -157,7 +157,9 @@ class _Bench:
     def run_round(self, number: int) -> None:
         """Run every contender once, and the measurement of the limit."""
         measured: dict[str, Measurement] = {}
-        steps: list[Callable[[], None]] = [self._measure_limit, self._measure_fifth]
+        fifths: dict[str, float] = {}
+        steps: list[Callable[[], None]] = [self._measure_limit]
+        steps += [lambda name=name: self._measure_fifth(name, fifths) for name in OURS]  # type: ignore[misc]
         steps += [
             lambda name=name: self._measure_contender(name, measured)  # type: ignore[misc]
             for name in self._contenders
@@ -166,6 +168,7 @@ class _Bench:
         for step in steps[:: -1 if number % 2 else 1]:
             step()
         self._rounds.append({name: measured[name] for name in self._contenders if name in measured})
+        self.fifth_seconds.append(fifths)
         logger.info(
             "Round %d of %d: %s",
             number + 1,
@@ -186,10 +189,10 @@ class _Bench:
                 raise CatdogError(f"the limit must be measured. Received: {usage.log_tail}")
             self.parts.append(json.loads(result.read_text()))
 
-    def _measure_fifth(self) -> None:
-        usage, rows = self._run("inline", self._fifth)
-        self._check_ours("inline", rows, self._num_fifth)
-        self.fifth_seconds.append(usage.wall_s)
+    def _measure_fifth(self, name: str, measured: dict[str, float]) -> None:
+        usage, rows = self._run(name, self._fifths[name])
+        self._check_ours(name, rows, self._num_fifth)
+        measured[name] = usage.wall_s
 
     def _measure_contender(self, name: str, measured: dict[str, Measurement]) -> None:
         try:
@@ -256,13 +259,18 @@ class _Bench:
         """The rounds, with the contenders that count."""
         return [{name: each for name, each in a_round.items() if name not in self.refused} for a_round in self._rounds]
 
-    def steady(self, limits: Sequence[float]) -> tuple[Spread | None, Spread | None]:
-        """Images per second of inline under way, and as a share of the limit; None where there are too few images."""
-        longer = [each["inline"].seconds - fifth for each, fifth in zip(self._rounds, self.fifth_seconds, strict=True)]
-        if min(longer) <= 0:
-            return None, None
-        steady = [(len(self._files) - self._num_fifth) / seconds for seconds in longer]
-        return spread(steady), spread([each / most for each, most in zip(steady, limits, strict=True)])
+    def steady(self, limits: Sequence[float]) -> tuple[dict[str, Spread], dict[str, Spread]]:
+        """Images per second of ours under way, and as a share of the limit; missing where there are too few images."""
+        speeds, shares = {}, {}
+        for name in OURS:
+            longer = [
+                each[name].seconds - fifths[name] for each, fifths in zip(self._rounds, self.fifth_seconds, strict=True)
+            ]
+            if min(longer) > 0:
+                steady = [(len(self._files) - self._num_fifth) / seconds for seconds in longer]
+                speeds[name] = spread(steady)
+                shares[name] = spread([each / most for each, most in zip(steady, limits, strict=True)])
+        return speeds, shares
 
 
 def _peers(model: Bundle, pictures: str) -> dict[str, peers.Settings]:

@@ -38,8 +38,8 @@ class BenchPredictRecord(Record):
       those of the other in the same round.
     - `limit_images_per_s`: the images that all cores could label per second if reading, decoding and computing took no
       more than each takes alone, on one thread, and nothing else took any time.
-    - `steady_images_per_s`: those that inline labels once it is under way: four fifths of the images, divided by what a
-      run over all of them takes longer than one over a fifth of them.
+    - `steady_images_per_s`: of `inline` and `ray`: the images that it labels per second once it is under way: four
+      fifths of the images, divided by what a run over all of them takes longer than one over a fifth of them.
     - `steady_share_of_limit`: of the same round.
 
     Steady figures are missing where there are too few images: the longer run was not the slower one.
@@ -52,8 +52,8 @@ class BenchPredictRecord(Record):
     image_size: int
     ratios: dict[str, dict[str, Spread]]
     limit_images_per_s: Spread
-    steady_images_per_s: Spread | None
-    steady_share_of_limit: Spread | None
+    steady_images_per_s: dict[str, Spread]
+    steady_share_of_limit: dict[str, Spread]
     seconds_per_image: dict[str, Spread]
     """Part of the work (`read`, `decode`, `forward`) → seconds on one core."""
 
@@ -67,8 +67,8 @@ class BenchPredictRecord(Record):
     """Contender → why its figures do not count."""
 
     rounds: list[dict[str, Measurement]]
-    fifth_seconds: list[float]
-    """Seconds of inline over a fifth of the images, by round."""
+    fifth_seconds: list[dict[str, float]]
+    """Seconds of `inline` and `ray` over a fifth of the images, by round."""
 
     engines: dict[str, int]
     """What computed ours, from the run record."""
@@ -93,14 +93,15 @@ class BenchPredictRecord(Record):
         for name in self.rounds[0]:
             if name not in self.refused:
                 lines.append(f"  {name:15}{self._row(name)}".rstrip())
-        steady = "too few images"
-        if self.steady_images_per_s is not None and self.steady_share_of_limit is not None:
-            share = _percents(self.steady_share_of_limit)
-            steady = f"{self.steady_images_per_s.median:9.1f} images/s, {share} of the limit"
-        lines += [
-            f"  {'limit':15}{self.limit_images_per_s.median:9.1f} images/s: {milliseconds} ms per image and core",
-            f"  {'steady inline':15}{steady}",
-        ]
+        lines.append(
+            f"  {'limit':15}{self.limit_images_per_s.median:9.1f} images/s: {milliseconds} ms per image and core"
+        )
+        for name in OURS:
+            steady = "too few images"
+            if name in self.steady_images_per_s:
+                share = _percents(self.steady_share_of_limit[name])
+                steady = f"{self.steady_images_per_s[name].median:9.1f} images/s, {share} of the limit"
+            lines.append(f"  {f'steady {name}':15}{steady}")
         lines += [f"  {name:15}skipped: {reason}" for name, reason in self.skipped.items()]
         lines += [f"  {name:15}refused: {reason}" for name, reason in self.refused.items()]
         return [*lines, f"Bench: {self.output}"]
