@@ -2,8 +2,11 @@
 
 import math
 import os
+import socket
 from pathlib import Path
 from typing import Final
+
+from catdog.errors import UsageError
 
 _CPU_INFO: Final = Path("/proc/cpuinfo")
 _CGROUPS: Final = Path("/proc/self/cgroup")
@@ -81,6 +84,20 @@ def _cpu_info(field: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field), "")
 
 
+def tensorflow_has_bfloat16() -> bool:
+    """Whether the first GPU that TensorFlow may use has bfloat16 instructions, or else the CPU.
+
+    An NVIDIA GPU has them from compute capability 8.0 on.
+    """
+    import tensorflow as tf
+
+    gpus = tf.config.get_visible_devices("GPU")
+    if not gpus:
+        return has_bfloat16()
+    capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0))
+    return bool(capability >= (8, 0))
+
+
 def configure_tensorflow(*, num_threads: int, num_parallel: int, use_gpu: bool) -> None:
     """Tell TensorFlow which cores and GPUs it may use. This has no effect once TensorFlow has begun to compute.
 
@@ -88,9 +105,17 @@ def configure_tensorflow(*, num_threads: int, num_parallel: int, use_gpu: bool) 
         num_threads: number of cores that share one operation.
         num_parallel: number of operations that run at the same time.
         use_gpu: whether TensorFlow may see this process's GPUs. If it sees them, it takes all memory of all of them.
+
+    Raises:
+        UsageError: TensorFlow is to use a GPU, and finds none. It would compute on the CPU without a word.
     """
     import tensorflow as tf
 
+    if use_gpu and not tf.config.list_physical_devices("GPU"):
+        raise UsageError(
+            "--use-gpu needs a GPU, its driver, and CUDA's libraries, which pip install 'tensorflow[and-cuda]' brings. "
+            f"Received: TensorFlow finds no GPU on {socket.gethostname()}"
+        )
     try:
         tf.config.threading.set_intra_op_parallelism_threads(num_threads)
         tf.config.threading.set_inter_op_parallelism_threads(num_parallel)

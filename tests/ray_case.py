@@ -45,12 +45,13 @@ def can_hide() -> bool:
 
 
 @contextlib.contextmanager
-def joined_node(num_cpus: int, hidden: Sequence[Path] = ()) -> Iterator[int]:
+def joined_node(num_cpus: int, hidden: Sequence[Path] = (), *, num_gpus: int = 0) -> Iterator[int]:
     """A node that joins the Ray of this process, as if it were another machine. Gives the id of its first process.
 
     Args:
         num_cpus: how many logical CPUs it brings.
         hidden: directories in whose place this node sees empty ones.
+        num_gpus: how many GPUs it says it has.
 
     Raises:
         TimeoutError: it does not join.
@@ -58,7 +59,13 @@ def joined_node(num_cpus: int, hidden: Sequence[Path] = ()) -> Iterator[int]:
     mounts = [f"mount -t tmpfs none '{directory}'" for directory in hidden]
     line = [str(Path(sys.executable).parent / "ray"), "start", f"--address={ray.get_runtime_context().gcs_address}"]
     # This is another address than that of the first node: a driver looks for the node of its own address.
-    line += ["--node-ip-address=127.0.0.2", f"--num-cpus={num_cpus}", "--object-store-memory=100000000", "--block"]
+    line += [
+        "--node-ip-address=127.0.0.2",
+        f"--num-cpus={num_cpus}",
+        f"--num-gpus={num_gpus}",
+        "--object-store-memory=100000000",
+        "--block",
+    ]
     if hidden:
         line = [*UNSHARED, " && ".join([*mounts, 'exec "$0" "$@"']), *line]
     num_before = num_living_nodes()

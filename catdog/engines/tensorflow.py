@@ -1,4 +1,4 @@
-"""The TensorFlow engine: it computes the bundle's Keras model, in bfloat16 on CPUs that have it.
+"""The TensorFlow engine: it computes the bundle's Keras model, in bfloat16 on CPUs and GPUs that have it.
 
 Every call of the compiled model has the same number of images and runs on one core. With another number of images or of
 threads, the libraries below TensorFlow would sum in another order, which would change the last bits of a logit. On some
@@ -49,7 +49,7 @@ class TensorFlowEngine:
 
         from catdog.architectures import in_bfloat16, logits_model
 
-        self.arithmetic: Arithmetic = "bfloat16" if hardware.has_bfloat16() and not use_gpu else "float32"
+        self.arithmetic: Arithmetic = "bfloat16" if hardware.tensorflow_has_bfloat16() else "float32"
         model = load_model(bundle)
         if self.arithmetic == "bfloat16":
             model = in_bfloat16(model)

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from catdog import architectures, augment
+from catdog import architectures, augment, hardware
 from catdog.config import Precision
-from catdog.hardware import has_bfloat16
 from catdog.training import schedule
 from catdog.training.feed import Share
 from catdog.training.request import ResolvedTrainConfig
@@ -31,20 +30,10 @@ PRECISIONS: Final = ("float32", "bfloat16", "float16")
 
 
 def resolve_precision(precision: Precision) -> str:
-    """The precision to compute in on this machine: `auto` is bfloat16 where the hardware has it, else float32.
-
-    The hardware is the first GPU that TensorFlow may use, or else the CPU. An NVIDIA GPU has bfloat16 from compute
-    capability 8.0 on.
-    """
-    import tensorflow as tf
-
+    """The precision to compute in on this machine: `auto` is bfloat16 where the hardware has it, else float32."""
     if precision != "auto":
         return precision
-    gpus = tf.config.get_visible_devices("GPU")
-    if gpus:
-        capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0))
-        return "bfloat16" if capability >= (8, 0) else "float32"
-    return "bfloat16" if has_bfloat16() else "float32"
+    return "bfloat16" if hardware.tensorflow_has_bfloat16() else "float32"
 
 
 class Learner:
