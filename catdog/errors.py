@@ -63,7 +63,7 @@ class TrainingError(CatdogError):
 class BooksError(CatdogError):
     """The books of a prediction run do not balance, or an output holds an image twice or lacks a part file.
 
-    Books balance if `listed == ok + error + already_done + duplicate`.
+    Books balance if `listed == ok + error + already_done + duplicate + skipped`.
     """
 
 

@@ -86,6 +86,11 @@ def test_defaults_are_valid_and_frozen(config_type: type) -> None:
             {"max_failed_fraction": 1.5},
             "--max-failed-fraction must lie between 0 and 1. Received: --max-failed-fraction=1.5",
         ),
+        (PredictConfig, {"min_failures": 0}, "--min-failures must be at least 1. Received: --min-failures=0"),
+        (PredictConfig, {"include": ("*.jpg", " ")}, "--include must be a glob. Received: --include=' '"),
+        (PredictConfig, {"images": ("photos", "")}, "--images must be a path or a URL. Received: --images=''"),
+        (PrepareConfig, {"images": ()}, "--images must name a place. Received: --images=()"),
+        (PrepareConfig, {"exclude": ("",)}, "--exclude must be a glob. Received: --exclude=''"),
         (
             PredictConfig,
             {"executor": "inline", "ray_address": "auto"},

@@ -18,9 +18,10 @@ from test_dataset import encoded, picture
 
 from catdog import storage
 from catdog.config import PrepareConfig
-from catdog.dataset import catalog, check, labels, outcome, prepare, split
+from catdog.dataset import catalog, check, outcome, prepare, split
 from catdog.errors import DatasetError, OutputClaimedError, UsageError
 from catdog.schema import CLASS_NAMES, DATASET_SCHEMA, REJECTS_SCHEMA, SPLITS
+from catdog.storage.names import looks_like_image
 
 SplitRule = Literal["auto", "folders", "random"]
 
@@ -101,9 +102,9 @@ def test_an_image_without_a_label_is_an_error_whatever_its_name(tmp_path: Path, 
 
 def test_formats_that_catdog_does_not_read_are_images(tmp_path: Path) -> None:
     for begin in (b"\0\0\0\x18ftypheic", b"II*\0\x10\0\0\0CR\x02", b"8BPS\0\1"):
-        assert labels.looks_like_image(begin)
+        assert looks_like_image(begin)
     for begin in (b"BMW is a brand", b"PDF", b"%PDF-1.7", b"P4ssword", b"RIFF....AVI "):
-        assert not labels.looks_like_image(begin)
+        assert not looks_like_image(begin)
 
 
 @pytest.mark.parametrize("spelling", ["./{}", "cats/../{}", "cats//../{}", " {} "])

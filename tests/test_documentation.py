@@ -384,6 +384,7 @@ def run_record(output: str, errors: dict[str, int], *, num_ok: int = 3) -> RunRe
         labels={"cat": 1, "dog": 2},
         needs_review=1,
         errors=errors,
+        skipped={},
         durations_s={"total": 1.5},
         images_per_s=2.5,
     )

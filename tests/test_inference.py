@@ -119,7 +119,7 @@ def test_errors_are_tried_again_when_asked(photos: Path, tmp_path: Path, model: 
     first = run(photos, output, model)
     write(whole)
     assert run(photos, output, model).books.already_done == 104
-    again = run(photos, output, model, retry_errors=True)
+    again = run(photos, output, model, retry_errors=True, min_failures=4)
     assert again.books == Books(listed=104, ok=1, error=4, already_done=99, duplicate=0)
     assert again.failed_fraction_exceeded
     assert sorted(path.name for path in output.glob("part-*")) == first.parts
@@ -128,7 +128,8 @@ def test_errors_are_tried_again_when_asked(photos: Path, tmp_path: Path, model: 
 
 def test_every_odd_file_is_a_row(shared_data: Path, tmp_path: Path, model: str) -> None:
     record = run(shared_data / "odd.zip", tmp_path / "out", model)
-    assert record.books.listed == record.books.ok + record.books.error == 591
+    assert record.books.listed == record.books.ok + record.books.error + record.books.skipped == 591
+    assert 0 < record.books.skipped < 90  # licences and read-mes, files without a suffix, formats nobody has heard of
     assert record.books.ok > 350
     assert set(record.errors) <= set(ERROR_CODES)
     assert record.failed_fraction_exceeded

@@ -7,6 +7,7 @@ the configuration classes, and every error is one line written here: the rule, t
 import argparse
 import dataclasses
 import functools
+import os
 import re
 import shlex
 import shutil
@@ -118,7 +119,8 @@ def _parse_flags(name: str, args: Sequence[str]) -> Invocation[Any]:
         rule = "needs a value" if error.argument_name in takes_value else "takes no value"
         raise UsageError(f"{error.argument_name} {rule}. Received: {line}") from None
     if unknown:
-        raise UsageError(f"{program} takes only the flags that {program} --help lists. Received: {shlex.join(unknown)}")
+        rule = f"{program} takes only the flags that {program} --help lists"
+        raise UsageError(f"{rule}{_about_quotes(unknown)}. Received: {shlex.join(unknown)}")
     if missing := [_name(action) for action in required if action.dest not in given]:
         raise UsageError(f"{program} needs {' and '.join(missing)}. Received: {line}")
 
@@ -129,6 +131,12 @@ def _parse_flags(name: str, args: Sequence[str]) -> Invocation[Any]:
         config=command.config_type(**{field: values[field] for field in own if field in values}),
         common=CommonFlags(**{field: values[field] for field in common if field in values}),
     )
+
+
+def _about_quotes(unknown: Sequence[str]) -> str:
+    """A word about quotes, if a shell may have turned a glob into these names of files."""
+    is_expanded = all(not token.startswith("-") and os.path.exists(token) for token in unknown)
+    return ", and a glob in quotes: the shell replaces one without" if is_expanded else ""
 
 
 def _name(action: argparse.Action) -> str:

@@ -46,3 +46,18 @@ def is_fraction(config: object, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         require(0 <= value <= 1, f"{flag(field)} must lie between 0 and 1", value)
+
+
+def are_urls(config: object, field: str) -> None:
+    """The field is a tuple of at least one text, and each has a character that is no space."""
+    urls = getattr(config, field)
+    require(bool(urls), f"{flag(field)} must name a place", "()")
+    for url in urls:
+        require(bool(url.strip()), f"{flag(field)} must be a path or a URL", repr(url))
+
+
+def are_globs(config: object, *fields: str) -> None:
+    """Each field is a tuple of texts, and each has a character that is no space."""
+    for field in fields:
+        for glob in getattr(config, field):
+            require(bool(glob.strip()), f"{flag(field)} must be a glob", repr(glob))

@@ -11,12 +11,20 @@ from catdog.errors import UsageError
 class PrepareConfig:
     """Turn labelled photographs into a dataset: check them, find duplicates, split them, and write Parquet shards."""
 
-    images: str
-    """Where the photographs are: a directory or prefix (read recursively), a glob, one file, a `.zip` (read in place),
-    or a Parquet manifest with a column `uri`."""
+    images: tuple[str, ...] | str
+    """Where the photographs are: a directory or prefix (read recursively), a glob (in quotes), one file, a `.zip` or
+    `.tar` (read in place), or a Parquet manifest with a column `uri`. Several places may be given."""
 
     output: str
     """Directory to write the dataset to. It must be empty, or hold a dataset of the same configuration."""
+
+    include: tuple[str, ...] = ()
+    """Globs (in quotes) of the files to take, such as '*.{jpg,png}' or 'train.zip/**': a glob with a slash is compared
+    with the path below --images, one without a slash with the file's name. The default is all files."""
+
+    exclude: tuple[str, ...] = ()
+    """Globs (in quotes) of the files not to take, as for --include. A name with a slash at its end stands for all that
+    lies below."""
 
     labels: str = "auto"
     """How to tell cats from dogs: auto, folder, prefix, or a CSV or Parquet file with the columns `uri` and `label`.
@@ -49,11 +57,22 @@ class PrepareConfig:
     """Address of the Ray cluster to run on. The default is `RAY_ADDRESS`, else a Ray embedded on this machine."""
 
     def __post_init__(self) -> None:
-        """Validate."""
-        checks.is_url(self, "images", "output", "labels", "extends")
+        """Validate. A single place of images becomes a text."""
+        if isinstance(self.images, tuple):
+            checks.are_urls(self, "images")
+        if len(self.sources) == 1:
+            object.__setattr__(self, "images", self.sources[0])
+            checks.is_url(self, "images")
+        checks.are_globs(self, "include", "exclude")
+        checks.is_url(self, "output", "labels", "extends")
         checks.is_fraction(self, "val_fraction", "test_fraction")
         if self.val_fraction + self.test_fraction >= 1:
             raise UsageError(
                 "--val-fraction and --test-fraction must leave a share for training. "
                 f"Received: --val-fraction={self.val_fraction} --test-fraction={self.test_fraction}"
             )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The places of the photographs."""
+        return (self.images,) if isinstance(self.images, str) else self.images

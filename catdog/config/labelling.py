@@ -44,11 +44,20 @@ class PredictConfig:
     """Label a collection of images, and write Parquet predictions. Only what is new or changed is labelled."""
 
     images: tuple[str, ...] | str
-    """Where the images are: a directory or prefix (read recursively), a glob, one file, a `.zip` (read in place), or a
-    Parquet manifest with a column `uri`. Several places may be given."""
+    """Where the images are: a directory or prefix (read recursively), a glob (in quotes), one file, a `.zip` or `.tar`
+    (read in place), or a Parquet manifest with a column `uri`. Several places may be given."""
 
     output: str
     """Directory to write the predictions to. It must be empty, or hold predictions, to which the new ones are added."""
+
+    include: tuple[str, ...] = ()
+    """Globs (in quotes) of the files to label, such as '*.{jpg,png}' or 'cameras/3/**': a glob with a slash is compared
+    with the path below --images, one without a slash with the file's name. The default is all files. What is neither by
+    its name nor by its first bytes an image is skipped in any case."""
+
+    exclude: tuple[str, ...] = ()
+    """Globs (in quotes) of the files not to label, as for --include. A name with a slash at its end stands for all that
+    lies below."""
 
     model: str | None = None
     """Model bundle to label with, written by `catdog train`. The default is the model that comes with catdog."""
@@ -77,7 +86,15 @@ class PredictConfig:
     one, no thread waits for another."""
 
     max_failed_fraction: float = 0.1
-    """Exit with code 3 if more than this share of the images that this run labelled failed."""
+    """Exit with code 3 if more than this share of the images that this run labelled failed, and at least
+    --min-failures of them. 0 allows no failure at all."""
+
+    min_failures: int = 5
+    """Number of failures below which a run counts as well, however few images were new."""
+
+    allow_empty: bool = False
+    """Exit with code 0 if there is nothing at --images, as on a night without new photographs. Without this flag that
+    is an error, because a wrong path or a lost mount looks the same."""
 
     retry_errors: bool = False
     """Also label again the images that failed in earlier runs. Those that were not there, or were denied, are tried
@@ -90,11 +107,10 @@ class PredictConfig:
         """Validate. One place of images that comes as a text becomes a tuple of one."""
         if isinstance(self.images, str):
             object.__setattr__(self, "images", (self.images,))
-        checks.require(bool(self.images), "--images must name a place", "()")
-        for url in self.images:
-            checks.require(bool(url.strip()), "--images must be a path or a URL", repr(url))
+        checks.are_urls(self, "images")
+        checks.are_globs(self, "include", "exclude")
         checks.is_url(self, "output", "model")
-        checks.at_least(self, 1, "batch_size", "num_workers", "cpus_per_worker")
+        checks.at_least(self, 1, "batch_size", "num_workers", "cpus_per_worker", "min_failures")
         checks.is_fraction(self, "max_failed_fraction")
         if self.executor == "inline" and self.ray_address is not None:
             raise UsageError(

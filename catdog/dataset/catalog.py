@@ -22,11 +22,14 @@ import pyarrow as pa
 
 from catdog import scratch, storage
 from catdog.config import PrepareConfig
-from catdog.dataset import labels
+from catdog.dataset import labels, sidecars
 from catdog.dataset.split import HELD_OUT, named_split
 from catdog.errors import ImageError, UsageError
 from catdog.portions import portions
+from catdog.provenance import redact
 from catdog.schema import CLASS_NAMES, SPLITS
+from catdog.storage.names import is_other_name, looks_like_image
+from catdog.storage.patterns import Chosen
 
 logger = logging.getLogger(__name__)
 
@@ -111,11 +114,11 @@ def list_collection(connection: duckdb.DuckDBPyConnection, config: PrepareConfig
     Raises:
         UsageError: an image has no label, two labels or an unknown one, or a class has no images.
     """
-    table = labels.table_url(config.labels, config.images)
+    table = _table_of_labels(config)
     connection.execute(
         "CREATE TABLE listing (row BIGINT, uri VARCHAR, version VARCHAR, num_bytes BIGINT, label TINYINT)"
     )
-    files = enumerate(storage.list_images(config.images, exclude=config.output))
+    files = enumerate(_list_sources(config))
     while batch := list(islice(files, BATCH_ROWS)):
         rows = [
             (row, file.uri, file.version, file.num_bytes, None if table else labels.by_rule(config.labels, file.uri))
@@ -123,11 +126,30 @@ def list_collection(connection: duckdb.DuckDBPyConnection, config: PrepareConfig
         ]
         columns = dict(zip(LISTING_SCHEMA.names, zip(*rows, strict=True), strict=True))
         insert(connection, "listing", pa.table(columns, schema=LISTING_SCHEMA))
-    num_rows, num_unmatched = _set_labels_from_table(connection, table, config.images) if table else (None, None)
+    num_rows, num_unmatched = _set_labels_from_table(connection, table, config.sources[0]) if table else (None, None)
+    if config.labels == "auto" and table is None:
+        sidecars.set_labels(connection)
     _check_labels(connection)
     return Collection(
         label_rows=num_rows, unmatched_label_rows=num_unmatched, given=_set_given_splits(connection, config)
     )
+
+
+def _list_sources(config: PrepareConfig) -> Iterator[storage.SourceFile]:
+    chosen = Chosen(include=config.include, exclude=config.exclude)
+    for source in config.sources:
+        yield from storage.list_images(source, exclude=config.output, chosen=chosen)
+
+
+def _table_of_labels(config: PrepareConfig) -> str | None:
+    """The URL of the table of labels, if there is one. Its relative names need one place to start from."""
+    tables = [labels.table_url(config.labels, source) for source in config.sources]
+    if len(tables) > 1 and any(tables):
+        raise UsageError(
+            "A table of labels needs a single place of images. "
+            f"Received: {len(tables)} places, and the table {redact(next(filter(None, tables)))}"
+        )
+    return tables[0]
 
 
 def _set_labels_from_table(connection: duckdb.DuckDBPyConnection, table: str, images: str) -> tuple[int, int]:
@@ -197,7 +219,9 @@ def _match_rows(connection: duckdb.DuckDBPyConnection) -> tuple[int, int]:
             regexp_replace(member, '\.[^./]+$', '') AS member_stem
         FROM (
             SELECT DISTINCT uri, nfc_normalize(uri) AS composed,
-                CASE WHEN uri LIKE 'zip://%' THEN nfc_normalize(regexp_extract(uri, '^zip://(.*)::', 1)) END AS member
+                CASE WHEN regexp_matches(uri, '^(zip|tar)://.*::')
+                    THEN nfc_normalize(regexp_extract(uri, '^(?:zip|tar)://(.*?)::(?:(?:zip|tar)://|[^:]*$)', 1))
+                END AS member
             FROM listing
         )
         """
@@ -238,7 +262,7 @@ def _check_labels(connection: duckdb.DuckDBPyConnection) -> None:
     connection.execute("CREATE TABLE others (row BIGINT, reason VARCHAR, message VARCHAR)")
     unlabelled = connection.cursor()
     num_unlabelled = sum(
-        not labels.is_other_file(uri)
+        not is_other_name(uri)
         for batch in stream(connection, "SELECT uri FROM listing WHERE label IS NULL")
         for uri in batch["uri"].to_pylist()
     )
@@ -257,7 +281,7 @@ def _check_labels(connection: duckdb.DuckDBPyConnection) -> None:
             if other is not None
         ]
         insert(connection, "others", pa.Table.from_pylist(rows))
-        num_unlabelled -= sum(not labels.is_other_file(uri) for _, uri, _ in files)
+        num_unlabelled -= sum(not is_other_name(uri) for _, uri, _ in files)
     for index, name in enumerate(CLASS_NAMES):
         if one_row(connection, "SELECT count(*) FROM listing WHERE label = ?", [index]) == (0,):
             raise UsageError(f"Every class must have images. Received: none labelled {name} among {num_files} files")
@@ -265,16 +289,16 @@ def _check_labels(connection: duckdb.DuckDBPyConnection) -> None:
 
 def _others(files: list[tuple[int, str, int]]) -> Iterator[tuple[str, str] | None]:
     """For each unlabelled file (row, uri, size) the reason and the message of its rejection; None for an image."""
-    unsure = [(uri, num_bytes) for _, uri, num_bytes in files if not labels.is_other_file(uri)]
+    unsure = [(uri, num_bytes) for _, uri, num_bytes in files if not is_other_name(uri)]
     contents = storage.read_sources([uri for uri, _ in unsure], [num_bytes for _, num_bytes in unsure])
     for _, uri, _ in files:
-        if labels.is_other_file(uri):
+        if is_other_name(uri):
             yield "unsupported_format", "neither labelled nor an image by its name"
             continue
         content = next(contents)
         if isinstance(content, ImageError):
             yield content.code, f"not labelled; {content}"
-        elif labels.looks_like_image(content):
+        elif looks_like_image(content):
             yield None
         else:
             yield "unsupported_format", "neither labelled nor an image by its first bytes"

@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 from catdog import storage
 from catdog.errors import UsageError
 from catdog.schema import CLASS_NAMES
+from catdog.storage.names import archive_scheme, without_archive_suffix
+from catdog.storage.urls import member_uri, split_member
 
 RULES: Final = ("auto", "folder", "prefix")
 """The values of `--labels` that are not a table."""
@@ -36,16 +38,7 @@ missing is null."""
 
 _COLUMNS: Final = ("uri", "label")
 
-_OTHER_SUFFIX: Final = re.compile(r"\.(csv|db|docx|html|ini|json|log|md|parquet|pdf|tsv|txt|xml|yml)", re.IGNORECASE)
 _PREFIX: Final = re.compile(r"[A-Za-z]+")
-_IMAGE_BYTES: Final = re.compile(
-    rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|II[*+]\0|MM\0[*+]|RIFF....WEBP|P[1-6]\s|8BPS"
-    rb"|BM.{4}\0\0\0\0|....ftyp(?:avi[fs]|hei[cxms]|hev[cxms]|mif1|msf1|crx )"
-    rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|\xff\x0a|\0\0\0\x0cJXL ",
-    re.DOTALL,
-)
-"""The first bytes of JPEG, PNG, GIF, TIFF and raw files, WebP, PPM, Photoshop files, BMP, AVIF and HEIC, JPEG 2000 and
-JPEG XL."""
 
 
 def class_index(name: str) -> int | None:
@@ -64,12 +57,17 @@ def folders(uri: str) -> list[str]:
 
     An archive counts as a folder, without its suffix.
     """
-    member, _, archive = uri.rpartition("::") if uri.startswith("zip://") else ("", "", uri)
-    above = [part for part in archive.split("/") if part]
-    if member:
-        above[-1] = above[-1].removesuffix(".zip")
-        return above + member.removeprefix("zip://").split("/")[:-1]
-    return above if uri.endswith("/") else above[:-1]
+    places: list[str] = []
+    while (chained := split_member(uri)) is not None:
+        places.insert(0, chained[0])
+        uri = chained[1]
+    found: list[str] = []
+    for place in [uri, *places]:
+        if found:
+            found[-1] = without_archive_suffix(found[-1])
+        found += [part for part in place.split("/") if part]
+    is_folder = (places[-1] if places else uri).endswith("/") or places[-1:] == [""]
+    return found if is_folder else found[:-1]
 
 
 def by_folder(uri: str) -> int | None:
@@ -89,16 +87,6 @@ def by_rule(rule: str, uri: str) -> int | None:
     if index is None and rule in ("auto", "prefix"):
         index = by_prefix(uri)
     return index
-
-
-def is_other_file(uri: str) -> bool:
-    """Whether the file's name says that it is no image, but a read-me, say, or a licence beside the photographs."""
-    return _OTHER_SUFFIX.fullmatch(_path(uri).suffix) is not None
-
-
-def looks_like_image(data: bytes) -> bool:
-    """Whether the first bytes of a file are those of an image, also of one in a format that catdog does not read."""
-    return _IMAGE_BYTES.match(data) is not None
 
 
 def table_url(labels: str, images: str) -> str | None:
@@ -170,7 +158,7 @@ def _placing(images: str) -> Callable[[str], str]:
     """The function that turns a `uri` of a table of labels into the one that the listing of `images` has."""
     root = storage.absolute(images)
     is_glob = not storage.exists(root)
-    is_archive = root.lower().endswith(".zip") and not is_glob
+    scheme = None if is_glob else archive_scheme(root)
     if is_glob:
         directory = re.split(r"[*?\[]", root)[0].rpartition("/")[0]
     elif root.lower().endswith(".parquet"):
@@ -181,7 +169,7 @@ def _placing(images: str) -> Callable[[str], str]:
     def place(uri: str) -> str:
         if "://" in uri or os.path.isabs(uri):
             return storage.absolute(uri)
-        return f"zip://{uri}::{root}" if is_archive else storage.join(directory, uri)
+        return storage.join(directory, uri) if scheme is None else member_uri(uri, root, scheme)
 
     return place
 

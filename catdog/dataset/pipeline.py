@@ -17,7 +17,7 @@ run again, it starts over, but does not scan a slice again that was scanned.
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
@@ -222,9 +222,11 @@ def _finished(output: str, config: PrepareConfig) -> DatasetInfo | None:
         UsageError: the output lies within the images.
         OutputRefusedError: the output holds something else, or a dataset of another configuration.
     """
-    if storage.is_inside(output, config.images):
+    for source in config.sources:
+        if not storage.is_inside(output, source):
+            continue
         raise UsageError(
-            f"--output must not lie inside --images. Received: --images={redact(config.images)} "
+            f"--output must not lie inside --images. Received: --images={redact(source)} "
             f"--output={redact(config.output)}"
         )
     is_begun = storage.exists(storage.join(output, STAGING_DIR, MARKER_NAME))
@@ -246,7 +248,13 @@ def _finished(output: str, config: PrepareConfig) -> DatasetInfo | None:
     return info
 
 
-_ADDED: Final = {"split": "auto", "near_duplicates": "group", "extends": None}
+_ADDED: Final[dict[str, Any]] = {
+    "split": "auto",
+    "near_duplicates": "group",
+    "extends": None,
+    "include": [],
+    "exclude": [],
+}
 """What the configurations in the datasets of version 0.1.0 lack, and how these datasets are to be taken."""
 
 
@@ -255,10 +263,14 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
     labels, extends = config["labels"], config["extends"]
     return {
         **{name: value for name, value in config.items() if name not in ("output", "ray_address")},
-        "images": storage.absolute(config["images"]),
+        "images": _absolute(config["images"]),
         "labels": labels if labels in RULES else storage.absolute(labels),
         "extends": None if extends is None else storage.absolute(extends),
     }
+
+
+def _absolute(images: str | Sequence[str]) -> str | list[str]:
+    return storage.absolute(images) if isinstance(images, str) else [storage.absolute(each) for each in images]
 
 
 def _check_listing(info: DatasetInfo, listing_digest: str) -> None:

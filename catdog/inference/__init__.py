@@ -5,7 +5,9 @@ into slices, `executors` hand the slices to workers, `work` labels them, `publis
 that no image was lost. `verification` recounts what an output holds.
 """
 
+import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
@@ -13,11 +15,12 @@ from catdog import bundle, storage
 from catdog.config import PredictConfig
 from catdog.inference import books, executors
 from catdog.inference.books import RunRecord
-from catdog.inference.plan import open_plan
+from catdog.inference.plan import Plan, open_plan
 from catdog.inference.publish import list_parts
 from catdog.inference.sources import refuse_output_inside
 from catdog.inference.verification import Verification, recount, run_verify, verify
 from catdog.inference.work import Job
+from catdog.storage.patterns import Chosen
 
 __all__ = ["PlanSummary", "RunRecord", "Verification", "plan_summary", "predict", "recount", "run_verify", "verify"]
 
@@ -41,7 +44,7 @@ def predict(config: PredictConfig) -> RunRecord:
     list_parts(output)
     with (
         storage.claimed(output, "predict") as claim,
-        open_plan(sources, output, model.model_id, retry_errors=config.retry_errors) as plan,
+        _plan(config, sources, output, model.model_id) as plan,
     ):
         planned = time.monotonic()
         job = Job(
@@ -73,16 +76,30 @@ def predict(config: PredictConfig) -> RunRecord:
     return record
 
 
+def _plan(
+    config: PredictConfig, sources: Sequence[str], output: str, model_id: str
+) -> contextlib.AbstractContextManager[Plan]:
+    return open_plan(
+        sources,
+        output,
+        model_id,
+        retry_errors=config.retry_errors,
+        chosen=Chosen(include=config.include, exclude=config.exclude),
+        allow_empty=config.allow_empty,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanSummary:
     """What `predict` would do."""
 
     listed: int
-    """Number of images listed. This and the next three are those of `catdog.inference.plan.Counts`."""
+    """Number of files found: the sum of the next four numbers, which the books of the run will have."""
 
     duplicate: int
     already_done: int
     to_label: int
+    skipped: int
     num_slices: int
     executor: str
     """`inline` or `ray`."""
@@ -98,9 +115,12 @@ def plan_summary(config: PredictConfig) -> PlanSummary:
     _, model_id = bundle.read_card(config.model)
     sources = [storage.absolute(url, keep_slash=True) for url in config.sources]
     output = storage.absolute(config.output)
-    with open_plan(sources, output, model_id, retry_errors=config.retry_errors) as plan:
+    with _plan(config, sources, output, model_id) as plan:
+        num_skipped = sum(plan.listed.skipped.values())
+        counts = asdict(plan.counts)
         return PlanSummary(
-            **asdict(plan.counts),
+            **counts | {"listed": counts["listed"] + num_skipped},
+            skipped=num_skipped,
             num_slices=sum(1 for _ in plan.slices()),
             executor=executors.chosen(config.executor, config.ray_address),
             model_id=model_id,

@@ -44,10 +44,15 @@ class Books:
     duplicate: int
     """Entries of the listing whose image was listed before."""
 
+    skipped: int = 0
+    """Things that the listing passed over: files that are no images, a directory that may not be read, ..."""
+
     def check(self, whose: str = "") -> None:
         """Raise `BooksError` unless the books balance. The message begins with `whose`."""
-        if self.listed != self.ok + self.error + self.already_done + self.duplicate:
-            raise BooksError(f"{whose}listed must be ok + error + already_done + duplicate. Received: {asdict(self)}")
+        if self.listed != self.ok + self.error + self.already_done + self.duplicate + self.skipped:
+            raise BooksError(
+                f"{whose}listed must be ok + error + already_done + duplicate + skipped. Received: {asdict(self)}"
+            )
 
     @property
     def labelled(self) -> int:
@@ -57,7 +62,7 @@ class Books:
     def __str__(self) -> str:
         return (
             f"{self.listed:,} listed = {self.ok:,} ok + {self.error:,} error "
-            f"+ {self.already_done:,} already done + {self.duplicate:,} duplicate"
+            f"+ {self.already_done:,} already done + {self.duplicate:,} duplicate + {self.skipped:,} skipped"
         )
 
 
@@ -83,10 +88,10 @@ class RunRecord(records.Record):
     """Share of errors among the rows of this run."""
 
     failed_fraction_exceeded: bool
-    """Whether `failed_fraction` is larger than `--max-failed-fraction`."""
+    """Whether more images failed than `--max-failed-fraction` and `--min-failures` allow."""
 
     skipped: dict[str, int]
-    """Reason → number of things that were not listed: a directory that may not be read, a link that leads back, ..."""
+    """Reason → number of things that the listing passed over: `not_an_image`, a directory that may not be read, ..."""
 
     parts: list[str]
     """Names of the part files that this run wrote."""
@@ -114,12 +119,15 @@ class RunRecord(records.Record):
         if self.books.labelled:
             took = records.rate(self.durations_s["total"], self.images_per_s)
             head = f"Labelled {self.books.labelled:,} images in {took} ({self.executor})."
-        else:
+        elif self.books.already_done:
             head = "Nothing to label: everything listed is labelled already."
+        else:
+            head = "Nothing to label: no image was found."
         return [
             head,
             f"  labels   {records.counted(self.labels)}; {self.needs_review:,} need review",
             *([f"  errors   {records.counted(self.errors)}"] if self.errors else []),
+            *([f"  skipped  {records.counted(self.skipped)}"] if self.skipped else []),
             f"  books    {self.books}",
             f"Predictions: {self.output} (run {self.run_id})",
         ]
@@ -131,9 +139,21 @@ class RunRecord(records.Record):
         if not self.failed_fraction_exceeded:
             return None
         return (
-            f"--max-failed-fraction allows {self.config['max_failed_fraction']:g} of the images to fail. "
+            f"--max-failed-fraction allows {self.config['max_failed_fraction']:g} of the images to fail"
+            f"{self._minimum()}. "
             f"Received: {self.books.error} of {self.books.labelled} failed"
         )
+
+    def _minimum(self) -> str:
+        minimum = self.config["min_failures"]
+        return f", and --min-failures {minimum - 1} in any case" if self.config["max_failed_fraction"] else ""
+
+
+def _is_exceeded(books: Books, config: PredictConfig) -> bool:
+    """Whether more images failed than the configuration allows."""
+    if config.max_failed_fraction == 0:
+        return books.error > 0
+    return books.error >= config.min_failures and books.error > config.max_failed_fraction * books.labelled
 
 
 class Ledger:
@@ -152,8 +172,8 @@ class Ledger:
         self.thread_s: Counter[str] = Counter()
         self.engines: Counter[str] = Counter()
         logger.info(
-            "Listed %d images: %d to label, %d already done, %d duplicates",
-            *(counts.listed, counts.to_label, counts.already_done, counts.duplicate),
+            "Listed %d images: %d to label, %d already done, %d duplicates; %d things skipped",
+            *(counts.listed, counts.to_label, counts.already_done, counts.duplicate, sum(skipped.values())),
         )
 
     def enter(self, results: Generator[SliceResult]) -> None:
@@ -205,12 +225,14 @@ class Ledger:
         Raises:
             BooksError: the books do not balance, or a slice was labelled twice.
         """
+        num_skipped = sum(self._skipped.values())
         books = Books(
-            listed=self._counts.listed,
+            listed=self._counts.listed + num_skipped,
             ok=self.labels.total(),
             error=self.errors.total(),
             already_done=self._already_done,
             duplicate=self._counts.duplicate,
+            skipped=num_skipped,
         )
         books.check()
         if len(set(self.parts)) != len(self.parts):
@@ -226,7 +248,7 @@ class Ledger:
             needs_review=self.needs_review,
             errors=dict(sorted(self.errors.items())),
             failed_fraction=failed_fraction,
-            failed_fraction_exceeded=failed_fraction > config.max_failed_fraction,
+            failed_fraction_exceeded=_is_exceeded(books, config),
             skipped=self._skipped,
             parts=sorted(self.parts),
             num_bytes=self.num_bytes,

@@ -28,6 +28,7 @@ from catdog.inference.database import open_database
 from catdog.inference.publish import KEY_COLUMNS, list_parts, part_name, read_parts, spill_keys
 from catdog.inference.sources import Listed, refuse_output_inside, spill_listing
 from catdog.storage import SourceFile
+from catdog.storage.patterns import Chosen
 
 PASSING_CODES: Final = ("not_found", "permission_denied", "unreachable")
 """The error codes that tell of the storage at one moment, and nothing of the image. The next run tries it again."""
@@ -44,8 +45,13 @@ all workers wait for the last slice."""
 
 _FETCH_ROWS: Final = 4096
 
-# The members of an archive stay together, so that a slice opens one archive instead of hundreds.
-_ORDER: Final = "regexp_extract(uri, '^zip://.*::(.*)$', 1), uri, version"
+# The members of an archive stay together, so that a slice opens one archive instead of hundreds. Those of a tar archive
+# come in their order, which the version tells: a compressed one is read from its beginning to its end.
+_MEMBER: Final = "^(?:zip|tar)://(?:.*?::((?:zip|tar)://.*)|.*::(.*))$"
+_ORDER: Final = (
+    f"regexp_extract(uri, '{_MEMBER}', 1), regexp_extract(uri, '{_MEMBER}', 2), "
+    "CASE WHEN starts_with(uri, 'tar://') THEN version END, uri, version"
+)
 
 # An archive may have two members of one name: there (uri, version) is an image. Elsewhere a file that is listed twice
 # with two versions has changed in between, and the later version is the image.
@@ -133,7 +139,7 @@ class Counts:
     """Numbers of images in a plan.
 
     Attributes:
-        listed: all entries of the listing.
+        listed: all entries of the listing. What it passed over is counted elsewhere (`Listed.skipped`).
         duplicate: entries whose image was listed before.
         already_done: images that have a row in the output for the same version and model, unless they are tried again.
         to_label: all other images.
@@ -197,7 +203,15 @@ class Plan:
 
 
 @contextlib.contextmanager
-def open_plan(sources: Sequence[str], output: str, model_id: str, *, retry_errors: bool) -> Iterator[Plan]:
+def open_plan(
+    sources: Sequence[str],
+    output: str,
+    model_id: str,
+    *,
+    retry_errors: bool,
+    chosen: Chosen | None = None,
+    allow_empty: bool = False,
+) -> Iterator[Plan]:
     """Plan a run, and keep the plan for the length of a `with` block. Writes only temporary files on this machine.
 
     Args:
@@ -205,6 +219,8 @@ def open_plan(sources: Sequence[str], output: str, model_id: str, *, retry_error
         output: directory of the part files.
         model_id: the model to label with.
         retry_errors: whether all images that failed are tried again, and not only those with `PASSING_CODES`.
+        chosen: which of the files are labelled; None for all.
+        allow_empty: whether there may be nothing to label.
 
     Raises:
         UsageError: there are no images, or the output lies within them.
@@ -215,7 +231,7 @@ def open_plan(sources: Sequence[str], output: str, model_id: str, *, retry_error
     parts = list_parts(output)
     with open_database() as (database, scratch):
         spilled, done = scratch / "listed.json.gz", scratch / "done.parquet"
-        listed = spill_listing(spilled, sources, output)
+        listed = spill_listing(spilled, sources, output, chosen or Chosen(), allow_empty=allow_empty)
         spill_keys(done, read_parts(output, parts, KEY_COLUMNS))
         parameters = {"listed": str(spilled), "done": str(done), "model_id": model_id, "retry_errors": retry_errors}
         database.execute(_WORK, parameters)

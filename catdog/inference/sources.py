@@ -11,7 +11,9 @@ from pathlib import Path
 from catdog import storage
 from catdog.errors import UsageError
 from catdog.provenance import redact
-from catdog.storage.urls import is_local, local_path, split_member
+from catdog.storage.names import archive_scheme
+from catdog.storage.patterns import Chosen
+from catdog.storage.urls import is_local, local_path, outermost, split_member
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ class Root:
 
     def holds(self, uri: str) -> bool:
         """Whether an image lies in this place."""
-        place = _place(uri)
+        place = outermost(uri)
         return is_local(place) and (local_path(place) + "/").startswith(self.path.rstrip("/") + "/")
 
 
@@ -55,7 +57,7 @@ class Listed:
     """The storages of the sources and of the output (`storage.storage_of`). Another storage may fail: that is rows."""
 
     skipped: dict[str, int]
-    """Reason → number of things that were not listed (`storage.Listing`)."""
+    """Reason → number of things that were passed over (`storage.Listing`)."""
 
 
 def refuse_output_inside(sources: Sequence[str], output: str) -> None:
@@ -70,29 +72,48 @@ def refuse_output_inside(sources: Sequence[str], output: str) -> None:
             )
 
 
-def spill_listing(path: Path, sources: Sequence[str], output: str) -> Listed:
-    """Write the listing of all sources to a local file.
+def spill_listing(
+    path: Path, sources: Sequence[str], output: str, chosen: Chosen, *, allow_empty: bool = False
+) -> Listed:
+    """Write the listing of all sources to a local file. What is no image is skipped.
+
+    Args:
+        path: the file to write.
+        sources: where the images are.
+        output: directory of the part files.
+        chosen: which of the files are listed.
+        allow_empty: whether there may be nothing to list.
 
     Raises:
-        UsageError: there are no images in a source, or it includes the output.
+        UsageError: there is nothing in a source, or it includes the output; or no file is left in all of them.
         StorageError: a storage of the job's own failed.
     """
     own = {storage.storage_of(url) for url in (*sources, output)}
     roots, skipped = [], Counter[str]()
+    num_listed = num_left_out = 0
     # This is JSON, because making an Arrow table from Python values imports pandas, which takes half a second.
     with gzip.open(path, "wt", compresslevel=1) as spilled:
         for source in sources:
-            listing = storage.list_images(source, exclude=output, own=own)
+            listing = storage.list_images(
+                source, exclude=output, own=own, chosen=chosen, skip_others=True, allow_empty=allow_empty
+            )
             first = last = ""
             for file in listing:
                 row = {"uri": file.uri, "version": file.version, "num_bytes": file.num_bytes}
                 spilled.write(json.dumps(row) + "\n")
-                place = _place(file.uri)
+                num_listed += 1
+                place = outermost(file.uri)
                 if file.version and is_local(place):
                     first, last = min(first or place, place), max(last, place)
             skipped += listing.skipped
+            num_left_out += listing.num_left_out
             if first:
                 roots.append(_root(source, local_path(first), local_path(last)))
+    if num_left_out and not num_listed and not allow_empty:
+        raise UsageError(
+            "--include and --exclude must leave some files to label. "
+            f"Received: none of the {num_left_out} files and archives in --images. (Globs need quotes.)"
+        )
     return Listed(roots=tuple(roots), own=tuple(sorted(own)), skipped=dict(skipped))
 
 
@@ -103,11 +124,5 @@ def _root(source: str, first: str, last: str) -> Root:
     elif first != last:
         path = os.path.commonpath([first, last])
     else:
-        path = first if split_member(source) or first.lower().endswith(".zip") else os.path.dirname(first)
+        path = first if split_member(source) or archive_scheme(first) else os.path.dirname(first)
     return Root(path=path, witnesses=tuple(dict.fromkeys([first, last])))
-
-
-def _place(uri: str) -> str:
-    """The file that holds an image: the archive of a member, else the file itself."""
-    chained = split_member(uri)
-    return uri if chained is None else chained[1]

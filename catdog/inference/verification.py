@@ -188,6 +188,8 @@ def _differences(
         books.check(whose=f"{name}: ")
     except BooksError as error:
         yield str(error)
+    if books.skipped != (num := sum(record.get("skipped", {}).values())) and "skipped" in record["books"]:
+        yield f"{name}: the books must count what was skipped. Received: {books.skipped}; the record says {num}"
     for part in sorted(set(record["parts"]) - parts):
         yield f"{name}: every part that a run wrote must be there. Received: {part} is missing"
     run = record["run_id"]

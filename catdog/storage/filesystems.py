@@ -5,6 +5,7 @@ import errno
 import io
 import itertools
 import logging
+import os
 import socket
 import sys
 import time
@@ -264,3 +265,43 @@ def open_handle(url: str) -> IO[bytes]:
         return handle
 
     return _explaining_denials(fs, path, open_it)
+
+
+class RetryingFile(io.RawIOBase):
+    """A remote file. A read that fails is tried again."""
+
+    def __init__(self, url: str, file: IO[bytes]) -> None:
+        self._url, self._file = url, file
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer, or a part of it."""
+
+        def read() -> bytes:
+            self._file.seek(start)
+            return self._file.read(len(buffer))
+
+        start = self._file.tell()
+        data = require(self._url, read)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a position."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """The position."""
+        return self._file.tell()
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def close(self) -> None:
+        """Close the remote file, too."""
+        self._file.close()
+        super().close()

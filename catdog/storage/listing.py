@@ -1,35 +1,32 @@
-"""Finding images. Listings stream: one directory at a time is in memory, or one page of a listing of S3."""
+"""Finding images. Listings stream: see `catdog.storage.walking`."""
 
 import collections
-import dataclasses
 import errno
 import functools
-import glob
 import itertools
 import logging
 import os
 import posixpath
-import re
 import stat
-from collections.abc import Callable, Collection, Iterator
-from typing import Any, Final
-
-import fsspec.utils
+from collections.abc import Collection, Iterator
 
 from catdog.errors import StorageError, UsageError
 from catdog.provenance import redact
-from catdog.storage import archives, manifests, outages, s3
-from catdog.storage.filesystems import SourceFile, attempt, describe, filesystem, info, require, version_of
-from catdog.storage.urls import (
-    absolute,
-    is_local,
-    join,
-    local_path,
-    location,
-    path_uri,
-    split_member,
-    storage_of,
+from catdog.storage import archives, manifests, outages, patterns, s3, walking
+from catdog.storage.filesystems import (
+    OBJECT_STORES,
+    SourceFile,
+    attempt,
+    describe,
+    filesystem,
+    info,
+    require,
+    version_of,
 )
+from catdog.storage.names import archive_scheme, is_hidden
+from catdog.storage.patterns import Chosen
+from catdog.storage.sifting import NOT_AN_IMAGE, Found, Sieve
+from catdog.storage.urls import absolute, is_local, local_path, location, outermost, split_member, storage_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +35,15 @@ class Listing(Iterator[SourceFile]):
     """The files of a collection, one after the other. `list_images` makes one.
 
     Attributes:
-        skipped: how many things were passed over so far, by reason: `unreadable_directory`, `loop` (a symbolic link
-            that leads to itself or to a directory above it), `not_a_file` (a pipe, a socket, a device). Names that
-            start with a dot are not counted. It is complete when the listing has ended.
+        skipped: how many things were passed over so far, by reason: `not_an_image` (neither by its name nor by its
+            first bytes), `unreadable_directory`, `loop` (a symbolic link that leads to itself or to a directory above
+            it), `not_a_file` (a pipe, a socket, a device; in a tar archive a link). Names that start with a dot are not
+            counted. It is complete when the listing has ended.
     """
 
     def __init__(self) -> None:
         self.skipped: collections.Counter[str] = collections.Counter()
+        self._sieve: Sieve | None = None
         self._first_skipped: dict[str, str] = {}
         self._files: Iterator[SourceFile] = iter(())
 
@@ -53,8 +52,9 @@ class Listing(Iterator[SourceFile]):
             return next(self._files)
         except StopIteration:
             for reason, place in self._first_skipped.items():
-                logger.warning(
-                    "%d skipped, for the reason %s, the first %s", self.skipped[reason], reason, redact(place)
+                level = logging.INFO if reason == NOT_AN_IMAGE else logging.WARNING
+                logger.log(
+                    level, "%d skipped, for the reason %s, the first %s", self.skipped[reason], reason, redact(place)
                 )
             self._first_skipped.clear()
             raise
@@ -64,20 +64,37 @@ class Listing(Iterator[SourceFile]):
         self.skipped[reason] += 1
         self._first_skipped.setdefault(reason, place)
 
-    def begin(self, files: Iterator[SourceFile]) -> None:
-        """Say where the files come from."""
-        self._files = files
+    @property
+    def num_left_out(self) -> int:
+        """How many files, and archives, were left out so far because `chosen` does not take them."""
+        return 0 if self._sieve is None else self._sieve.num_left_out
+
+    def begin(self, files: Iterator[SourceFile], sieve: Sieve | None = None) -> None:
+        """Say where the files come from, and what leaves some of them out."""
+        self._files, self._sieve = files, sieve
 
 
-def list_images(url: str, *, exclude: str | None = None, own: Collection[str] | None = None) -> Listing:
+def list_images(
+    url: str,
+    *,
+    exclude: str | None = None,
+    own: Collection[str] | None = None,
+    chosen: Chosen | None = None,
+    skip_others: bool = False,
+    allow_empty: bool = False,
+) -> Listing:
     """Every file of a collection, in a deterministic order.
 
     `url` is one of:
     - a directory or prefix, listed recursively;
-    - a glob of files; each `.zip` archive among them is read in place;
+    - a glob of files (`catdog.storage.patterns`);
     - one file;
-    - a `.zip` archive, read in place, or one member or one folder of it;
+    - a `.zip` or `.tar` archive, compressed (`.tar.gz`, `.tgz`, `.tar.zst`, `.tar.bz2`, `.tar.xz`) or not, or one
+      member or one folder of it;
     - a Parquet manifest, whose column `uri` names the files. A relative name starts at the manifest's directory.
+
+    Archives are read in place, also those that a directory, a glob or another archive holds. If such an archive cannot
+    be read, it is listed itself; what is read of it is an error that says why.
 
     In S3, an object and a prefix may have the same name. `s3://bucket/pets/`, with a slash at its end, is the prefix
     alone; `s3://bucket/pets` is both: the object, and all that lies under the prefix.
@@ -87,10 +104,9 @@ def list_images(url: str, *, exclude: str | None = None, own: Collection[str] | 
 
     Names that start with a dot are skipped, and so is `__MACOSX`. (`.` and `..` hide nothing: `./photos/cat.jpg`, as
     some programs name the members of an archive, is listed.) Local directories that may not be read, and symbolic links
-    that lead back, are skipped and counted in `Listing.skipped`. Nothing else is filtered: later, a file that is no
-    image becomes an error row. If an archive holds two members of one name, both are listed, each with its own version.
-    Every row of a manifest gives a file, also if an earlier row named the same file, and also if there is no such file
-    (its version is then "").
+    that lead back, are skipped and counted in `Listing.skipped`. If an archive holds two members of one name, both are
+    listed, each with its own version. Every row of a manifest gives a file, also if an earlier row named the same file,
+    and also if there is no such file (its version is then "").
 
     Args:
         url: the collection.
@@ -98,6 +114,11 @@ def list_images(url: str, *, exclude: str | None = None, own: Collection[str] | 
             a symbolic link leads there.
         own: what `storage_of` says of the job's own storages; those of `url` and `exclude` belong to them. If another
             storage fails when a manifest's file is looked up there, the file is listed with the version "".
+        chosen: which files are listed; None for all.
+        skip_others: skip what is no image, neither by its name nor by its first bytes. Only files whose suffix is not
+            that of an image are looked into. A file that `url` or a manifest names is never skipped. Without this, a
+            file that is no image becomes an error when it is read.
+        allow_empty: whether there may be nothing to list.
 
     Raises:
         UsageError: there is nothing at `url`, or no file in it, or a file is not what its name says, or it includes
@@ -107,25 +128,29 @@ def list_images(url: str, *, exclude: str | None = None, own: Collection[str] | 
     url = absolute(url, keep_slash=True)
     listing = Listing()
     own = {storage_of(place) for place in (url, exclude or url)} | set(own or ())
-    files = _list(url, listing, own)
+    sieve = Sieve(listing.skip, chosen or Chosen(), skips_others=skip_others)
+    found = _list(url, listing, sieve, own)
     if exclude is not None:
-        files = _without(files, url, absolute(exclude))
+        found = _without(found, url, absolute(exclude))
+    files = sieve.sifted(found)
     try:
         first = next(files, None)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UsageError(f"--images must exist. Received: --images={redact(url)}") from error
-    if first is None:
+        if not allow_empty or url.partition("://")[0] not in OBJECT_STORES:
+            raise UsageError(f"--images must exist. Received: --images={redact(url)}") from error
+        first = None
+    listing.begin(files if first is None else itertools.chain([first], files), sieve)
+    if first is None and not allow_empty and not sieve.num_left_out and not listing.skipped[NOT_AN_IMAGE]:
         raise UsageError(f"--images must hold at least one file. Received: --images={redact(url)}")
-    listing.begin(itertools.chain([first], files))
     return listing
 
 
-def _without(files: Iterator[SourceFile], images: str, output: str) -> Iterator[SourceFile]:
+def _without(found: Iterator[Found], images: str, output: str) -> Iterator[Found]:
     """The files, all of which must lie outside the output."""
     error = UsageError(
         f"--output must not lie inside --images. Received: --images={redact(images)} --output={redact(output)}"
     )
-    if split_member(images) is None and glob.has_magic(images) and _would_list(images, output):
+    if split_member(images) is None and patterns.is_glob(images) and _would_list(images, output):
         raise error
     outer = location(output)
 
@@ -133,25 +158,23 @@ def _without(files: Iterator[SourceFile], images: str, output: str) -> Iterator[
     def is_inside(place: str) -> bool:
         return location(place).startswith(outer)
 
-    for file in files:
-        chained = split_member(file.uri)
-        place = file.uri if chained is None else chained[1]
+    for each in found:
+        place = outermost(each.file.uri)
         directory = place.rpartition("/")[0] or "/"
         if is_inside(directory) or (is_local(place) and os.path.islink(local_path(place)) and is_inside(place)):
             raise error
-        yield file
+        yield each
 
 
 def _would_list(images: str, output: str) -> bool:
     """Whether a glob matches what predict or prepare may write directly under an output, if it is no directory."""
-    fixed = _fixed(images)
-    directory = fixed.rpartition("/")[0] or "/"
+    directory = patterns.fixed(images).rpartition("/")[0] or "/"
     if "://" in images and "://" not in directory:
         return False  # a later check refuses it
     inner, outer = location(output), location(directory)
     if not inner.startswith(outer):
         return False
-    is_match = _matcher(images)
+    is_match = patterns.matcher(images)
     base = directory.rstrip("/") + "/" + inner.removeprefix(outer)
     return any(is_match(base + name) for name in ("part-0.parquet", "dataset.json", "train/part-0.parquet"))
 
@@ -201,211 +224,105 @@ def _kind(url: str) -> str:
     return require(url, look)
 
 
-def _list(url: str, listing: Listing, own: Collection[str]) -> Iterator[SourceFile]:
+def _list(url: str, listing: Listing, sieve: Sieve, own: Collection[str]) -> Iterator[Found]:
     if (chained := split_member(url)) is not None:
-        yield from _list_archive(chained[1], under=chained[0])
+        yield from _list_named_archive(chained[1], listing, sieve, under=chained[0])
         return
     is_prefix, url = url.endswith("/") and url != "/" and not url.endswith("://"), absolute(url)
     has_keys = s3.is_s3_url(url) and "/" in url.partition("://")[2]
     if is_prefix and has_keys:
-        files = _walk(url, listing)
+        files = _list_directory(url, listing, sieve)
         if (first := next(files, None)) is not None:
             yield first
             yield from files
             return
-        if not glob.has_magic(url):
-            raise FileNotFoundError(errno.ENOENT, "there is no such prefix")
     try:
-        kind = "" if is_prefix and has_keys else _kind(url)
-        if not kind:
+        if is_prefix and has_keys:
             raise FileNotFoundError(errno.ENOENT, "there is no such prefix")
+        kind = _kind(url)
     except (FileNotFoundError, NotADirectoryError):
-        if not glob.has_magic(url):
+        if not patterns.is_glob(url):
             raise
-        yield from _list_glob(url, listing)
+        yield from _list_glob(url, listing, sieve)
         return
     if kind == "directory":
-        yield from _walk(url, listing)
+        yield from _list_directory(url, listing, sieve)
         return
-    if url.lower().endswith(".zip"):
-        yield from _list_archive(url)
+    sieve.base = url.rpartition("/")[0] + "/"
+    if archive_scheme(url):
+        yield from _list_named_archive(url, listing, sieve)
     elif url.lower().endswith(".parquet"):
-        yield from manifests.list_manifest(url, lambda uri: _look_up(uri, listing, own))
+        rows = manifests.list_manifest(url, lambda uri: _look_up(uri, listing, own))
+        yield from (Found(file, is_named=True) for file in rows)
     elif (file := _look_up(url, listing, own)) is not None:
-        yield file
+        yield Found(file, is_named=True)
     if has_keys:
-        yield from _walk(url, listing)
+        yield from _list_directory(url, listing, sieve)
 
 
-def _list_archive(archive: str, under: str = "") -> Iterator[SourceFile]:
-    folder = posixpath.normpath(under)
-    for file in archives.list_members(archive):
-        member, _ = split_member(file.uri) or ("", "")
-        name = posixpath.normpath(member)
-        if not _is_hidden(member) and (not under or name == folder or name.startswith(folder + "/")):
-            yield file
+def _list_directory(url: str, listing: Listing, sieve: Sieve) -> Iterator[Found]:
+    sieve.base = url.rstrip("/") + "/"
+    for file in walking.walk(url, listing.skip):
+        yield from _opened(Found(file), listing, sieve)
 
 
-def _is_hidden(path: str) -> bool:
-    return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in path.split("/"))
-
-
-def _fixed(url: str) -> str:
-    """What of a glob comes before its first pattern."""
-    return re.split(r"[*?[]", url, maxsplit=1)[0]
-
-
-def _matcher(url: str) -> Callable[[str], object]:
-    try:
-        return re.compile(fsspec.utils.glob_translate(url)).match
-    except ValueError as error:
-        raise UsageError(f"A glob must be one that fsspec takes: {error}. Received: {redact(url)}") from error
-
-
-def _list_glob(url: str, listing: Listing) -> Iterator[SourceFile]:
-    fixed = _fixed(url)
+def _list_glob(url: str, listing: Listing, sieve: Sieve) -> Iterator[Found]:
+    fixed = patterns.fixed(url)
     directory = fixed.rpartition("/")[0] or "/"
     if "://" in url and "://" not in directory:
         raise UsageError(f"A glob must name its bucket. Received: {redact(url)}")
-    is_match = _matcher(url)
-    for file in _walk(directory, listing, _Depth.of(url, directory), fixed):
-        if not is_match(file.uri):
-            continue
-        if file.uri.lower().endswith(".zip"):
-            yield from _list_archive(file.uri)
-        else:
-            yield file
+    sieve.base = directory.rstrip("/") + "/"
+    is_match = patterns.matcher(url)
+    for file in walking.walk(directory, listing.skip, walking.Depth.of(url, directory), fixed):
+        if is_match(file.uri):
+            yield from _opened(Found(file), listing, sieve)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Depth:
-    """Which directories a walk enters: those that a glob can match."""
-
-    matchers: tuple[Callable[[str], object], ...] = ()
-    """What the name of a directory must match, level by level."""
-
-    is_bounded: bool = False
-    """Whether no directory is entered below these levels."""
-
-    @staticmethod
-    def of(url: str, directory: str) -> "_Depth":
-        parts = url.removeprefix(directory).lstrip("/").split("/")[:-1]
-        plain = list(itertools.takewhile(lambda part: "**" not in part, parts))
-        is_bounded = len(plain) == len(parts) and "**" not in url.rpartition("/")[2]
-        return _Depth(tuple(_matcher(part) for part in plain), is_bounded)
-
-    def enters(self, name: str) -> bool:
-        return bool(self.matchers[0](name)) if self.matchers else not self.is_bounded
-
-    @property
-    def below(self) -> "_Depth":
-        return dataclasses.replace(self, matchers=self.matchers[1:])
-
-
-_ALL: Final = _Depth()
-
-
-def _walk(directory: str, listing: Listing, depth: _Depth = _ALL, prefix: str | None = None) -> Iterator[SourceFile]:
-    """Visible files under a directory, as deep as `depth` says.
-
-    Of S3, only the objects whose URL starts with `prefix` are listed. Other storages list everything.
-    """
-    if is_local(directory):
-        path = local_path(directory)
-        yield from _walk_local(path, listing, depth, (os.path.realpath(path),))
-        return
-    fs, path = filesystem(directory, fresh=True)
-    if s3.is_s3(fs):
-        flat = depth.is_bounded and not depth.matchers
-        yield from _walk_s3(fs, directory, prefix or directory + "/", flat=flat)
-    else:
-        yield from _walk_any(fs, directory, path, listing, depth, is_root=True)
-
-
-def _walk_local(directory: str, listing: Listing, depth: _Depth, above: tuple[str, ...]) -> Iterator[SourceFile]:
-    def scan() -> list[os.DirEntry[str]]:
-        with os.scandir(directory) as found:
-            return sorted(found, key=lambda entry: os.fsencode(entry.name))
-
-    try:
-        entries = attempt(path_uri(directory), scan)
-    except FileNotFoundError:
-        return  # deleted since its parent was listed
-    except PermissionError as error:
-        if len(above) == 1:
-            raise StorageError(f"{path_uri(directory)}: permission denied: {describe(error)}") from error
-        listing.skip("unreadable_directory", path_uri(directory))
-        return
-    for entry in entries:
-        if _is_hidden(entry.name):
-            continue
+def _opened(found: Found, listing: Listing, sieve: Sieve) -> Iterator[Found]:
+    """A file of many, or if it is an archive, its members. An archive that cannot be read stands for itself."""
+    uri = found.file.uri
+    if archive_scheme(uri) is None:
+        yield found
+    elif not sieve.drops(uri):
         try:
-            is_directory = entry.is_dir()
-        except OSError as error:
-            if error.errno == errno.ELOOP:
-                listing.skip("loop", path_uri(entry.path))
-                continue
-            is_directory = False  # what is wrong with it will be told when it is read
-        if not is_directory:
-            if (file := _stat_local(entry.path, listing)) is not None:
-                yield file
-        elif not depth.enters(entry.name):
-            continue
-        elif (real := os.path.realpath(entry.path)) in above:
-            listing.skip("loop", path_uri(entry.path))
-        else:
-            yield from _walk_local(entry.path, listing, depth.below, (*above, real))
+            if split_member(uri) is None:
+                archives.forget(uri)
+            yield from _list_archive(uri, listing, sieve)
+        except (UsageError, FileNotFoundError, PermissionError) as error:
+            logger.warning("%s is listed as one image that cannot be read: %s", redact(uri), describe(error))
+            yield Found(found.file, is_named=True)
 
 
-def _stat_local(path: str, listing: Listing) -> SourceFile | None:
-    """A local file; None for a pipe, a socket or a device. A missing file or broken link has the version ""."""
-    uri = path_uri(path)
+def _list_named_archive(archive: str, listing: Listing, sieve: Sieve, under: str = "") -> Iterator[Found]:
+    if under and archive_scheme(under):  # an archive in an archive
+        inner = archives.stat_member(archive, under).uri
+        archive, under = inner, ""
+    sieve.base, sieve.folder = archive, under and posixpath.normpath(under) + "/"
+    archives.forget(archive)
     try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return SourceFile(uri, "", 0)
-    if not stat.S_ISREG(status.st_mode):
-        listing.skip("not_a_file", uri)
-        return None
-    return SourceFile(uri, f"{status.st_size}-{status.st_mtime_ns}", status.st_size)
-
-
-def _walk_s3(fs: Any, directory: str, prefix: str, *, flat: bool) -> Iterator[SourceFile]:
-    """Visible objects whose URL starts with `prefix`; with `flat`, only those directly in the directory."""
-    token = None
-    while True:
-        page = require(directory, functools.partial(s3.list_page, fs, prefix, token, flat=flat))
-        for url, item in page.objects:
-            if not url.endswith("/") and not _is_hidden(url[len(directory) + 1 :]):
-                yield SourceFile(url, version_of(item), item["Size"])
-        if (token := page.next_token) is None:
-            return
-
-
-def _walk_any(
-    fs: Any, directory: str, path: str, listing: Listing, depth: _Depth, *, is_root: bool = False
-) -> Iterator[SourceFile]:
-    try:
-        entries = attempt(directory, lambda: fs.ls(path, detail=True))
+        yield from _list_archive(archive, listing, sieve, under)
     except PermissionError as error:
-        if is_root:
-            raise StorageError(f"{redact(directory)}: permission denied: {describe(error)}") from error
-        listing.skip("unreadable_directory", directory)
-        return
-    for entry in sorted(entries, key=lambda found: str(found["name"])):
-        name = entry["name"].rstrip("/").rpartition("/")[2]
-        if _is_hidden(name):
+        raise StorageError(f"{redact(archive)}: permission denied: {describe(error)}") from error
+
+
+def _list_archive(archive: str, listing: Listing, sieve: Sieve, under: str = "") -> Iterator[Found]:
+    folder, is_slow = posixpath.normpath(under), archives.is_slow(archive)
+    for file, is_file, head in archives.list_members(archive):
+        member, _ = split_member(file.uri) or ("", "")
+        name = posixpath.normpath(member)
+        if is_hidden(member) or (under and name != folder and not name.startswith(folder + "/")):
             continue
-        if entry["type"] != "directory":
-            yield SourceFile(join(directory, name), version_of(entry), entry["size"] or 0)
-        elif depth.enters(name):
-            yield from _walk_any(fs, join(directory, name), entry["name"], listing, depth.below)
+        if is_file:
+            is_named = bool(under) and name == folder
+            yield from _opened(Found(file, is_named, head, is_slow), listing, sieve)
+        else:
+            listing.skip("not_a_file", file.uri)
 
 
 def _look_up(uri: str, listing: Listing, own: Collection[str]) -> SourceFile | None:
     """The file of this name; None for a pipe, a socket or a device. If nothing can be read there, its version is ""."""
     if is_local(uri):
-        return _stat_local(local_path(uri), listing)
+        return walking.stat_local(local_path(uri), listing.skip)
 
     def look() -> SourceFile:
         found = info(uri)

@@ -5,7 +5,6 @@ import concurrent.futures
 import contextlib
 import errno
 import functools
-import io
 import json
 import os
 import stat
@@ -18,9 +17,9 @@ import pyarrow.parquet as pq
 
 from catdog.errors import ImageError, StorageError, UsageError
 from catdog.provenance import redact
-from catdog.storage import outages, s3
-from catdog.storage.archives import read_member
-from catdog.storage.filesystems import attempt, describe, filesystem, info, open_handle, require
+from catdog.storage import archives, outages, s3
+from catdog.storage.filesystems import RetryingFile, attempt, describe, filesystem, info, open_handle, require
+from catdog.storage.names import archive_scheme
 from catdog.storage.outages import MAX_CONNECTIONS
 from catdog.storage.urls import absolute, is_local, local_path, split_member, storage_of
 
@@ -59,8 +58,10 @@ def read_source(
         if expected_bytes is not None:
             _check_size(expected_bytes)
         uri = absolute(uri) if uri.startswith("file:") else uri
+        if archive_scheme(uri) is not None:
+            raise archives.why_no_image(uri, patience_s=patience_s)
         if (chained := split_member(uri)) is not None:
-            data = read_member(chained[1], chained[0], MAX_BYTES, version=version, patience_s=patience_s)
+            data = archives.read_member(chained[1], chained[0], MAX_BYTES, version=version, patience_s=patience_s)
         elif is_local(uri):
             data = attempt(uri, lambda: _read_local(local_path(uri)))
         else:
@@ -174,35 +175,6 @@ def _check_size(num_bytes: int) -> None:
         raise ImageError("too_large", f"{num_bytes} bytes is more than {MAX_BYTES} bytes")
 
 
-class _RetryingFile(io.RawIOBase):
-    """A remote file. A read that fails is tried again."""
-
-    def __init__(self, url: str, file: IO[bytes]) -> None:
-        self._url, self._file = url, file
-
-    def readinto(self, buffer: Any) -> int:
-        def read() -> bytes:
-            self._file.seek(start)
-            return self._file.read(len(buffer))
-
-        start = self._file.tell()
-        data = require(self._url, read)
-        buffer[: len(data)] = data
-        return len(data)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-
 @contextlib.contextmanager
 def open_read(url: str) -> Iterator[IO[bytes]]:
     """A seekable binary file. A remote file is fetched in blocks as it is read. For one thread at a time.
@@ -213,7 +185,7 @@ def open_read(url: str) -> Iterator[IO[bytes]]:
     """
     url = absolute(url)
     with require(url, lambda: open_handle(url)) as file:
-        yield file if is_local(url) else _RetryingFile(url, file)  # type: ignore[misc]
+        yield file if is_local(url) else RetryingFile(url, file)  # type: ignore[misc]
 
 
 def read_bytes(url: str) -> bytes:

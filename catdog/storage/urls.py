@@ -15,6 +15,12 @@ _LOCAL: Final = re.compile(r"(?i)(?:file|local):(?://localhost(?=/)|//|(?=/))")
 
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=://)")
 
+_MEMBER: Final = re.compile(r"(?:zip|tar)://(?=.*::)", re.DOTALL)
+"""How the URL of a member of an archive begins."""
+
+_NEXT_ARCHIVE: Final = re.compile(r"::(?=(?:zip|tar)://)")
+"""What lies between a member and the archive that holds it, if this archive is a member of another one."""
+
 _OLD: Final = {"s3n": "s3"}
 """Schemes that are seen, but that fsspec does not know."""
 
@@ -32,8 +38,8 @@ def absolute(url: str, *, keep_slash: bool = False) -> str:
         keep_slash: leave a slash at the end of a URL that is not local. For a collection it has a meaning: see
             `list_images`.
     """
-    if (member := split_member(url)) is not None:
-        return member_uri(member[0], absolute(member[1]))
+    if (chained := split_member(url)) is not None:
+        return url.removesuffix(chained[1]) + absolute(chained[1])
     if (begin := _LOCAL.match(url)) is not None:
         path = _unquoted(url[begin.end() :])
         return path_uri(os.path.abspath(os.path.expanduser(path)))
@@ -81,7 +87,7 @@ def resolve(uri: str, directory: str) -> str:
     taken as it is, because `d//x` and `d/x` may be two objects.
     """
     if (chained := split_member(uri)) is not None:
-        return member_uri(chained[0], resolve(chained[1], directory))
+        return uri.removesuffix(chained[1]) + resolve(chained[1], directory)
     if "://" in uri or _LOCAL.match(uri) or os.path.isabs(uri):
         return absolute(uri)
     if is_local(directory):
@@ -119,8 +125,7 @@ def is_inside(inner: str, outer: str) -> bool:
 def location(url: str) -> str:
     """A text that is the same for every spelling of a place that `is_inside` knows. It ends with a slash."""
     url = absolute(url)
-    if (chained := split_member(url)) is not None:
-        url = chained[1]
+    url = outermost(url)
     if is_local(url):
         return os.path.realpath(local_path(url)).rstrip("/") + "/"
     scheme, _, path = url.partition("://")
@@ -137,8 +142,7 @@ def storage_of(url: str) -> str:
     >>> storage_of("/photos/cat.jpg")
     ''
     """
-    if (chained := split_member(url)) is not None:
-        return storage_of(chained[1])
+    url = outermost(url)
     if is_local(url) or _LOCAL.match(url):
         return ""
     scheme, _, path = url.partition("://")
@@ -150,13 +154,33 @@ def storage_of(url: str) -> str:
 
 
 def split_member(uri: str) -> tuple[str, str] | None:
-    """`(member, archive)` of the URL `zip://member::archive`; None for any other URL."""
-    if not uri.startswith("zip://") or "::" not in uri:
+    """`(member, archive)` of the URL of a member of an archive; None for any other URL.
+
+    >>> split_member("zip://train/cat.1.jpg::s3://bucket/train.zip")
+    ('train/cat.1.jpg', 's3://bucket/train.zip')
+    >>> split_member("zip://cat.1.jpg::zip://train.zip::/data/dogs-vs-cats.zip")
+    ('cat.1.jpg', 'zip://train.zip::/data/dogs-vs-cats.zip')
+    """
+    begin = _MEMBER.match(uri)
+    if begin is None:
         return None
-    member, _, archive = uri.removeprefix("zip://").rpartition("::")
+    if (nested := _NEXT_ARCHIVE.search(uri, begin.end())) is not None:
+        return uri[begin.end() : nested.start()], uri[nested.end() :]
+    member, _, archive = uri[begin.end() :].rpartition("::")
     return member, archive
 
 
-def member_uri(member: str, archive: str) -> str:
-    """The fsspec chained URL of a member of an archive."""
-    return f"zip://{member}::{archive}"
+def member_uri(member: str, archive: str, scheme: str = "zip") -> str:
+    """The fsspec chained URL of a member of an archive. `scheme` is `zip` or `tar`."""
+    return f"{scheme}://{member}::{archive}"
+
+
+def outermost(uri: str) -> str:
+    """The file that holds a member of an archive, also of an archive in an archive; any other URL as it is.
+
+    >>> outermost("zip://cat.1.jpg::zip://train.zip::/data/dogs-vs-cats.zip")
+    '/data/dogs-vs-cats.zip'
+    """
+    while (chained := split_member(uri)) is not None:
+        uri = chained[1]
+    return uri
