@@ -23,6 +23,9 @@ _SUBFILE_TYPE_TAG: Final = 255
 _REDUCED: Final = 2
 """The value of the older SubfileType for a page that shows another one in a lower resolution."""
 
+_SAMPLE_FORMAT_TAG: Final = 339
+_FLOATING_POINT: Final = 3
+
 _MAX_PAGES: Final = 64
 """How many pages are looked at: a thumbnail is not far from its picture."""
 
@@ -62,6 +65,20 @@ def picture(data: bytes) -> Page | None:
     if first is not None and others and all(first.is_thumbnail_of(other) for other in others):
         return max(others, key=lambda page: page.width)
     return first
+
+
+def has_floats(data: bytes) -> bool:
+    """Whether these are the bytes of a TIFF file whose first page has floating-point numbers for pixels."""
+    try:
+        header = data[: 16 if data[2] == _BIG_TIFF else 8]
+        tags = ImageFileDirectory_v2(header)
+        file = io.BytesIO(data)
+        file.seek(tags.next)
+        tags.load(file)
+        formats = tags.get(_SAMPLE_FORMAT_TAG, ())
+    except _BAD_DATA:
+        return False
+    return isinstance(formats, tuple) and _FLOATING_POINT in formats
 
 
 def _pages(data: bytes) -> list[Page]:

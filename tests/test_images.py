@@ -589,6 +589,19 @@ def test_of_the_pages_of_a_tiff_file_the_first_that_is_no_thumbnail_counts(
     assert images.open_upright(data).getpixel((0, 0)) == colour
 
 
+def test_floating_point_pixels_that_pillow_does_not_read_are_named() -> None:
+    deep = bytearray(encode(Image.new("F", (10, 10), 0.5), "TIFF"))
+    bits = deep.index(struct.pack("<HHI", 258, 3, 1)) + 8
+    deep[bits : bits + 2] = struct.pack("<H", 64)
+    colour = tiff_file(page(PICTURE, 60, 40, 0))
+    floats = colour.replace(struct.pack("<HHII", 254, 4, 1, 0), struct.pack("<HHII", 339, 3, 1, 3))
+    for data in (bytes(deep), floats):
+        error = error_of(data)
+        assert error.code == "unsupported_format"
+        assert str(error) == "TIFF with floating-point pixels is read if it is grey and of 32 bits"
+    assert tuple(pixels(colour)[0, 0]) == PICTURE
+
+
 @pytest.mark.parametrize(
     "data",
     [

@@ -1,6 +1,7 @@
 """JPEG: huge ones are decoded at a fraction of their size, and those cut short are shown if little is missing."""
 
 import io
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -90,6 +91,23 @@ def test_a_jpeg_that_lacks_its_last_rows_says_how_many(kind: str) -> None:
     num_shown = len(outcomes) - outcomes.count("truncated")
     assert 0 < num_shown < len(outcomes)
     assert outcomes[num_shown:] == ["truncated"] * (len(outcomes) - num_shown)
+
+
+@pytest.mark.parametrize("options", [{"restart_marker_blocks": 7}, {"restart_marker_rows": 1}])
+def test_a_jpeg_that_is_cut_at_a_restart_marker_says_how_many_rows(options: dict[str, int]) -> None:
+    data = encode(grainy(), "JPEG", quality=90, **options)
+    whole = np.asarray(images.open_upright(data)).astype(int)
+    restarts = [found.start() for found in re.finditer(rb"\xff[\xd0-\xd7]", data)]
+    num_shown = 0
+    for start in restarts[len(restarts) * 3 // 4 :: 2]:
+        for end in range(start - 1, start + 4):
+            outcome = outcome_of(data[:end])
+            if outcome != "truncated":
+                num_shown += 1
+                missing = int(outcome.split("the last ")[1].split()[0])
+                differs = np.abs(np.asarray(images.open_upright(data[:end])) - whole).max(axis=(1, 2)) > 0
+                assert missing - 18 < 300 - differs.argmax() <= missing + 1
+    assert 0 < num_shown < len(restarts) * 5 / 8
 
 
 def test_zeros_in_place_of_what_never_came_are_no_picture() -> None:

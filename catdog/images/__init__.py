@@ -321,6 +321,8 @@ def _damaged(data: bytes, text: str) -> ImageError:
 
 
 def _unidentified(data: bytes) -> ImageError:
+    if tiff.has_floats(data):
+        return ImageError("unsupported_format", "TIFF with floating-point pixels is read if it is grey and of 32 bits")
     prefix = data[:16].ljust(16, b"\0")  # as many bytes as Pillow checks; some of its checks fail on fewer
     if any(Image.OPEN[name][1](prefix) is True for name in FORMATS):  # type: ignore[misc]
         return ImageError("decode_failed", "the header is damaged or cut short")

@@ -26,11 +26,17 @@ _MARKER: Final = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
 _NO_FRAMES: Final = (0xC4, 0xC8, 0xCC)
 _FRAMES: Final = tuple(code for code in range(0xC0, 0xD0) if code not in _NO_FRAMES)
 _PROGRESSIVE_FRAMES: Final = (0xC2, 0xC6, 0xCA, 0xCE)
+_RESTARTS: Final = range(0xD0, 0xD8)
+_RESTART_INTERVAL: Final = 0xDD
 _SCAN: Final = 0xDA
 _END_OF_IMAGE: Final = 0xD9
 
 _BAND_PX: Final = 8
 """Rows are compared in bands of this height."""
+
+_LARGE_PIXELS: Final = 2**25
+"""Of larger pictures of one scan, the bands' means are compared, which takes a 64th of the memory. That a block lacks
+details, but not its mean, goes unseen."""
 
 _NUM_PADDINGS: Final = 3
 _PADDING_BYTES: Final = 256
@@ -74,12 +80,13 @@ def mended(data: bytes) -> Mended | None:
     if not is_jpeg(body) or not _is_in_last_scan(body):
         return None
     # Where the data ends, a decoder goes on with a fixed value. What it makes of other data from there on differs from
-    # the first missing row on: nowhere, if nothing is missing. A picture of one scan differs in its means already.
-    scale = 1 if _is_progressive(body) else 8
+    # the first missing row on: nowhere, if nothing is missing.
     try:
+        header = JpegImagePlugin.JpegImageFile(io.BytesIO(body))
+        height = header.height
+        scale = 8 if header.width * height > _LARGE_PIXELS and not _is_progressive(body) else 1
         shown = _bands(body + _END, scale)
-        num_whole = min(_num_equal(shown, _bands(body + padding + _END, scale)) for padding in _paddings())
-        height = JpegImagePlugin.JpegImageFile(io.BytesIO(body)).height
+        num_whole = min(_num_equal(shown, _bands(body + padding + _END, scale)) for padding in _paddings(body))
     except (OSError, SyntaxError, ValueError):
         return None
     if num_whole == len(shown):
@@ -98,9 +105,16 @@ def _without_filling(data: bytes) -> bytes:
     return body.rstrip(b"\xff")
 
 
-def _paddings() -> Iterator[bytes]:
+def _paddings(body: bytes) -> Iterator[bytes]:
+    """Data that could follow. Where a restart marker is due, a decoder looks at nothing that stands before it."""
+    starts = [b""]
+    if any(part.code == _RESTART_INTERVAL for part in _parts(body)):
+        last_scan = body.rfind(bytes((0xFF, _SCAN)))
+        place, code = max((body.rfind(bytes((0xFF, code)), last_scan), code) for code in _RESTARTS)
+        starts.append(bytes((0xFF, _RESTARTS[0] if place < 0 or code == _RESTARTS[-1] else code + 1)))
     for seed in range(_NUM_PADDINGS):
-        yield bytes(random.Random(seed).choices(range(0xFF), k=_PADDING_BYTES))
+        coded = bytes(random.Random(seed).choices(range(0xFF), k=_PADDING_BYTES))
+        yield from (start + coded for start in starts)
 
 
 def _bands(data: bytes, scale: int) -> list[int]:
