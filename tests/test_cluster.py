@@ -252,7 +252,8 @@ def test_the_labelling_image_holds_no_tensorflow() -> None:
     assert "tensorflow" not in installed["labelling"]
     assert re.findall(r"\.\[([\w,-]+)\]", installed["cpu"]) == ["train,efficientnet-lite"]
     assert {"ray", "train", "efficientnet-lite"} <= extras().keys()
-    names = {requirement.name for requirement in map(Requirement, [*dependencies(), *extras()["heif"], *extras()["ray"]])}
+    listed = [*dependencies(), *extras()["heif"], *extras()["ray"]]
+    names = {requirement.name for requirement in map(Requirement, listed)}
     assert not names & {"tensorflow", "keras"}
 
 

@@ -56,7 +56,7 @@ def test_anything_else_is_refused(found: pa.Schema, expected: pa.Schema, message
     [
         (schema.DATASET_SCHEMA, b"dataset/1"),
         (schema.REJECTS_SCHEMA, b"rejects/1"),
-        (schema.PREDICTIONS_SCHEMA, b"predictions/1"),
+        (schema.PREDICTIONS_SCHEMA, b"predictions/2"),
     ],
 )
 def test_every_schema_says_its_version(its_schema: pa.Schema, mark: bytes) -> None:

@@ -51,8 +51,8 @@ JPEG, that of the draft which is decoded in its place counts."""
 _MAX_COEFFICIENTS: Final = 3 * MAX_PIXELS
 """Most coefficients of a JPEG in several scans, which a decoder holds at once, with 2 bytes for each."""
 
-_DRAFTS: Final = (1, 2, 4, 8)
-"""Parts of its width and height at which a JPEG can be decoded: a half, a quarter, an eighth."""
+_DRAFTS: Final = (2, 4, 8)
+"""A JPEG can be decoded at a half, a quarter or an eighth of its width and height."""
 
 RESIZE_RULE: Final = "stretch-bilinear-v1"
 """Name of what `decode` does: the whole picture, EXIF upright, RGB, transparency on white, stretched to a square by
@@ -287,21 +287,33 @@ def _prepare(image: ImageFile.ImageFile, data: bytes, draft_px: int | None) -> N
         draft_px: least width and height of the draft; None for the full size.
     """
     width, height = image.size
-    drafts = _DRAFTS if isinstance(image, JpegImagePlugin.JpegImageFile) else (1,)
-    scale = next((each for each in drafts if -(-width // each) * -(-height // each) <= MAX_PIXELS), None)
-    if scale is None:
-        raise ImageError("too_large", f"{width} x {height} px is more than {MAX_PIXELS} pixels")
-    if not pixels.is_read(image.mode):
+    is_jpeg = isinstance(image, JpegImagePlugin.JpegImageFile)
+    scale = 1 if width * height <= MAX_PIXELS else _fitting_scale(image, data)
+    if image.mode not in pixels.MODES:
         raise ImageError("unsupported_format", f"{image.format} with the pixel mode {image.mode} is not supported")
-    if isinstance(image, JpegImagePlugin.JpegImageFile):
-        if scale > 1 and (num_held := jpeg.num_held(image, data)) > _MAX_COEFFICIENTS:
-            raise ImageError(
-                "too_large",
-                f"a JPEG in several scans, as every progressive one is, must have at most {_MAX_COEFFICIENTS} "
-                f"coefficients. Received: {num_held}, of {width} x {height} px",
-            )
+    if is_jpeg and (draft_px is not None or scale > 1):
         least_px = draft_px or max(width, height)
         image.draft(image.mode, (min(least_px, width // scale), min(least_px, height // scale)))
+
+
+def _fitting_scale(image: ImageFile.ImageFile, data: bytes) -> int:
+    """The largest part of the size of a JPEG of more than `MAX_PIXELS` at which it has no more, as one of `_DRAFTS`.
+
+    Raises:
+        ImageError: there is none, or the image is no JPEG, or its decoder would hold too much all the same.
+    """
+    width, height = image.size
+    scale = next((each for each in _DRAFTS if -(-width // each) * -(-height // each) <= MAX_PIXELS), None)
+    if scale is None or not isinstance(image, JpegImagePlugin.JpegImageFile):
+        raise ImageError("too_large", f"{width} x {height} px is more than {MAX_PIXELS} pixels")
+    num_held = jpeg.num_held(image, data)
+    if num_held > _MAX_COEFFICIENTS:
+        raise ImageError(
+            "too_large",
+            f"a JPEG in several scans, as every progressive one is, must have at most {_MAX_COEFFICIENTS} "
+            f"coefficients. Received: {num_held}, of {width} x {height} px",
+        )
+    return scale
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:

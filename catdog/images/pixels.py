@@ -13,20 +13,16 @@ from catdog.errors import ImageError
 
 _16_BIT_MODES: Final = ("I;16", "I;16L", "I;16B", "I;16N")
 _DEEP_MODES: Final = ("I", "F")
+_PLAIN_MODES: Final = ("RGB", "RGBA", "RGBa", "RGBX", "L", "LA", "1", "P", "PA", "CMYK", "YCbCr", "LAB")
 
-MODES: Final = ("RGB", "RGBA", "RGBa", "RGBX", "L", "LA", "1", "P", "PA", "CMYK", "YCbCr", "LAB", *_16_BIT_MODES)
-"""The pixel modes that say which of their values is white."""
+MODES: Final = (*_PLAIN_MODES, *_16_BIT_MODES, *_DEEP_MODES)
+"""The pixel modes that are read."""
 
 _WHITES: Final = {"F": (1, 255, 65535), "I": (255, 65535)}
 """The values that may be white, where the mode does not say it: F has floating-point numbers, I has integers."""
 
 
 _BITS_TAG: Final = 258
-
-
-def is_read(mode: str) -> bool:
-    """Whether images of this pixel mode are read."""
-    return mode in MODES or mode in _DEEP_MODES
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
