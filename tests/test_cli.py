@@ -104,6 +104,11 @@ TRAIN = "train --data d --output o "
         (TRAIN + "--verbose --verbose", "--verbose must be given once. Received: --verbose --verbose"),
         (TRAIN + "--no-augment --augment", "--augment must be given once. Received: --no-augment --augment"),
         (TRAIN + "extra", "catdog train takes only the flags that catdog train --help lists. Received: extra"),
+        (
+            TRAIN + "/ /usr",
+            "catdog train takes only the flags that catdog train --help lists, and a glob in quotes: the shell "
+            "replaces one without. Received: / /usr",
+        ),
         (TRAIN + "--epochs many", "--epochs must be an integer. Received: --epochs=many"),
         (TRAIN + "--epochs=1.5", "--epochs must be an integer. Received: --epochs=1.5"),
         (TRAIN + "--epochs None", "--epochs must be an integer. Received: --epochs=None"),

@@ -15,8 +15,8 @@ _LOCAL: Final = re.compile(r"(?i)(?:file|local):(?://localhost(?=/)|//|(?=/))")
 
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=://)")
 
-_MEMBER: Final = re.compile(r"(?:zip|tar)://(?=.*::)", re.DOTALL)
-"""How the URL of a member of an archive begins."""
+_MEMBERS: Final = ("zip://", "tar://")
+"""How the URL of a member of an archive begins. They are of one length."""
 
 _NEXT_ARCHIVE: Final = re.compile(r"::(?=(?:zip|tar)://)")
 """What lies between a member and the archive that holds it, if this archive is a member of another one."""
@@ -161,12 +161,12 @@ def split_member(uri: str) -> tuple[str, str] | None:
     >>> split_member("zip://cat.1.jpg::zip://train.zip::/data/dogs-vs-cats.zip")
     ('cat.1.jpg', 'zip://train.zip::/data/dogs-vs-cats.zip')
     """
-    begin = _MEMBER.match(uri)
-    if begin is None:
+    if not uri.startswith(_MEMBERS) or "::" not in uri:
         return None
-    if (nested := _NEXT_ARCHIVE.search(uri, begin.end())) is not None:
-        return uri[begin.end() : nested.start()], uri[nested.end() :]
-    member, _, archive = uri[begin.end() :].rpartition("::")
+    begin = len(_MEMBERS[0])
+    if (nested := _NEXT_ARCHIVE.search(uri, begin)) is not None:
+        return uri[begin : nested.start()], uri[nested.end() :]
+    member, _, archive = uri[begin:].rpartition("::")
     return member, archive
 
 
