@@ -46,6 +46,7 @@ SIDEWAYS = {("training", "dataset")}
 # Libraries that are met only in their owners. The longest name that fits an import counts.
 OWNERS = {
     "argparse": {"cli"},
+    "botocore": {"storage"},
     "docstring_parser": {"cli"},
     "duckdb": {"dataset", "inference"},
     "fastapi": {"serving"},
@@ -55,6 +56,7 @@ OWNERS = {
     "keras": {"architectures", "bench", "bundle", "openvino_ir", "training"},
     "matplotlib": {"report"},
     "nncf": {"openvino_ir"},
+    "obstore": {"storage"},
     "openvino": {"openvino_ir"},
     "PIL": {"tiff", "images", "report", "dataset", "drawings"},  # all but `images` only draw: see below
     "pillow_heif": {"images"},

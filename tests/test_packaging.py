@@ -20,7 +20,6 @@ PROJECT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text())
 
 NOT_IMPORTED = {
-    "s3fs": "fsspec loads it",
     "tensorboard": "TensorFlow loads it for tf.summary",
 }
 
@@ -112,7 +111,7 @@ def test_labelling_needs_neither_tensorflow_nor_ray(tmp_path: Path) -> None:
     assert pq.read_table(part)["status"].to_pylist() == ["ok"]
     imported = set(ran.stderr.splitlines()[-1].split())
     assert "openvino" in imported
-    assert not imported & {"botocore", "s3fs", "aiohttp", "h5py", "unittest", "openvino_telemetry"}
+    assert not imported & {"botocore", "s3fs", "aiohttp", "obstore", "h5py", "unittest", "openvino_telemetry"}
     assert "pyarrow.dataset" not in ran.stderr
     assert lean(["verify", str(output)]).returncode == 0
 

@@ -1,4 +1,4 @@
-"""S3: the only module that knows s3fs.
+"""S3: this module and `s3_objects`, with which it reads objects, are the only ones that know s3fs.
 
 Three things that this module uses are not in s3fs's documentation: `call_s3`, `retries`, and the argument
 `max_concurrency` of `cat_file`. When a version of s3fs moves one of them, tests/test_storage_s3.py fails and names it.
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import fsspec
+
+from catdog.storage import s3_objects
 
 _SCHEMES: Final = ("s3", "s3a")
 
@@ -56,6 +58,9 @@ _OUT_OF_DATE_CODES: Final = {
     "RequestTimeTooSkewed",
 }
 """Error codes that S3 gives to keys that have expired, and to a clock that is wrong."""
+
+_CERTAIN_CODES: Final = {"NoSuchKey", "InvalidObjectState", "InvalidRange"} | _PASSING_CODES | _OUT_OF_DATE_CODES
+"""Error codes that S3 gives for the same reason to whoever asks for an object with our keys."""
 
 PASSING_ERRNOS: Final = {getattr(errno, "EREMOTEIO", errno.EIO), errno.EBUSY, errno.EIO}
 """Errors that can pass. s3fs turns HTTP status 5xx into EREMOTEIO, throttling into EBUSY, unknown codes into EIO."""
@@ -165,14 +170,14 @@ def is_denied(fs: Any, path: str) -> bool:
 
 def read(fs: Any, path: str) -> bytes:
     """A whole object, in one request. Unless it may read one part at a time only, s3fs asks for the size first."""
-    data: bytes = fs.cat_file(path, max_concurrency=1)
-    return data
+    with_s3fs = functools.partial(fs.cat_file, path, max_concurrency=1)
+    return s3_objects.read(fs, path, None, with_s3fs, certain_codes=_CERTAIN_CODES)
 
 
 def read_range(fs: Any, path: str, start: int, stop: int) -> bytes:
     """Bytes `start` to `stop` of an object, in one request."""
-    data: bytes = fs.cat_file(path, start=start, end=stop, max_concurrency=1)
-    return data
+    with_s3fs = functools.partial(fs.cat_file, path, start=start, end=stop, max_concurrency=1)
+    return s3_objects.read(fs, path, (start, stop), with_s3fs, certain_codes=_CERTAIN_CODES)
 
 
 def delete(fs: Any, url: str) -> None:
