@@ -98,6 +98,7 @@ class _Bucket:
 
     def _set_up(self) -> None:
         if self._num_doubts >= _MOST_DOUBTS:
+            logger.info("obstore cannot read s3://%s as it should; s3fs reads it", self._name)
             self._store, self._good_until = None, float("inf")
             return
         try:
@@ -182,8 +183,10 @@ def _can_be_named(key: str) -> bool:
 
 def _bucket(fs: Any, name: str) -> _Bucket | None:
     """What reads this bucket; None in a process where obstore cannot."""
+    if _home and _home[0] != os.getpid():  # before the lock, which a thread may have held when the process was forked
+        return None
     with _lock:
-        if not _is_here():
+        if not _is_installed():
             return None
         bucket = _buckets.pop((id(fs), name), None) or _Bucket(fs, name)
         _buckets[id(fs), name] = bucket
@@ -192,15 +195,15 @@ def _bucket(fs: Any, name: str) -> _Bucket | None:
         return bucket
 
 
-def _is_here() -> bool:
-    """Whether obstore is installed, and was not begun with before this process was forked."""
+def _is_installed() -> bool:
+    """Whether obstore is there. From here on, its threads are in this process."""
     try:
         import obstore  # noqa: F401
     except ImportError:  # there is no wheel for this platform
         return False
     if not _home:
         _home.append(os.getpid())
-    return _home == [os.getpid()]
+    return True
 
 
 def _plan(fs: Any, bucket: str) -> _Plan:
@@ -305,7 +308,7 @@ def _get(store: Any, key: str, span: tuple[int, int] | None, certain_codes: Coll
             return bytes(store.get(key).bytes())
         return bytes(store.get_range(key, start=span[0], end=span[1]))
     except (BaseError, OSError, ValueError) as error:  # ValueError: a key that obstore cannot name
-        known = _translated(str(error), f"{store.config['endpoint']}/{key}", certain_codes)
+        known = _translated(str(error), f"{store.config['endpoint']}/{urllib.parse.quote(key)}", certain_codes)
         if known is None:
             raise _DoubtError(str(error).partition(_DETAILS)[0]) from error
     raise known
@@ -349,13 +352,18 @@ def _answer(status: int, body: str, certain_codes: Collection[str]) -> Exception
 
 def _cut(kind: str, details: str, url: str) -> Exception | None:
     """As s3fs raises that a connection fell silent, was reset, or was closed too soon."""
-    from botocore.exceptions import ConnectionClosedError, EndpointConnectionError, ReadTimeoutError
+    from botocore.exceptions import (
+        ConnectionClosedError,
+        ConnectTimeoutError,
+        EndpointConnectionError,
+        ReadTimeoutError,
+    )
 
     error: Exception | None = None
     has_begun = "RetryError" not in details  # the body has
-    if "Connect," in details:
-        return None  # who is to blame: the network, the name, the certificate, the proxy?
-    if kind == "Timeout":
+    if "Connect," in details:  # if nobody answers, who is to blame: the network, the name, the certificate, the proxy?
+        error = ConnectTimeoutError(endpoint_url=url, error="timed out") if kind == "Timeout" else None
+    elif kind == "Timeout":
         error = ReadTimeoutError(endpoint_url=url, error="timed out")
     elif (has_begun and kind == "Interrupted") or "IncompleteMessage" in details:
         error = ConnectionClosedError(endpoint_url=url)
