@@ -13,7 +13,8 @@ class PrepareConfig:
 
     images: tuple[str, ...] | str
     """Where the photographs are: a directory or prefix (read recursively), a glob (in quotes), one file, a `.zip` or
-    `.tar` (read in place), or a Parquet manifest with a column `uri`. Several places may be given."""
+    `.tar` (read in place), or a manifest: a table that names the images or holds them, as CSV, TSV, JSON lines or
+    Parquet, or a .txt with one path a line. Several places may be given."""
 
     output: str
     """Directory to write the dataset to. It must be empty, or hold a dataset of the same configuration."""

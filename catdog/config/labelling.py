@@ -45,7 +45,8 @@ class PredictConfig:
 
     images: tuple[str, ...] | str
     """Where the images are: a directory or prefix (read recursively), a glob (in quotes), one file, a `.zip` or `.tar`
-    (read in place), or a Parquet manifest with a column `uri`. Several places may be given."""
+    (read in place), or a manifest: a table that names the images or holds them, as CSV, TSV, JSON lines or Parquet, or
+    a .txt with one path a line. Several places may be given."""
 
     output: str
     """Directory to write the predictions to. It must be empty, or hold predictions, to which the new ones are added."""
@@ -58,6 +59,10 @@ class PredictConfig:
     exclude: tuple[str, ...] = ()
     """Globs (in quotes) of the files not to label, as for --include. A name with a slash at its end stands for all that
     lies below."""
+
+    uri_column: str | None = None
+    """Column of a manifest that names the images, or holds them. The default is the one named uri, path, file,
+    file_name, filename, filepath, image or url."""
 
     model: str | None = None
     """Model bundle to label with, written by `catdog train`. The default is the model that comes with catdog."""

@@ -20,6 +20,7 @@ from catdog.inference.publish import list_parts
 from catdog.inference.sources import refuse_output_inside
 from catdog.inference.verification import Verification, recount, run_verify, verify
 from catdog.inference.work import Job
+from catdog.storage.manifests import Columns
 from catdog.storage.patterns import Chosen
 
 __all__ = ["PlanSummary", "RunRecord", "Verification", "plan_summary", "predict", "recount", "run_verify", "verify"]
@@ -85,6 +86,7 @@ def _plan(
         model_id,
         retry_errors=config.retry_errors,
         chosen=Chosen(include=config.include, exclude=config.exclude),
+        columns=Columns(uri=config.uri_column),
         allow_empty=config.allow_empty,
     )
 

@@ -28,6 +28,7 @@ from catdog.inference.database import open_database
 from catdog.inference.publish import KEY_COLUMNS, list_parts, part_name, read_parts, spill_keys
 from catdog.inference.sources import Listed, refuse_output_inside, spill_listing
 from catdog.storage import SourceFile
+from catdog.storage.manifests import Columns
 from catdog.storage.patterns import Chosen
 
 PASSING_CODES: Final = ("not_found", "permission_denied", "unreachable")
@@ -45,9 +46,10 @@ all workers wait for the last slice."""
 
 _FETCH_ROWS: Final = 4096
 
-# The members of an archive stay together, so that a slice opens one archive instead of hundreds. Those of a tar archive
-# come in their order, which the version tells: a compressed one is read from its beginning to its end.
-_MEMBER: Final = "^(?:zip|tar)://(?:.*?::((?:zip|tar)://.*)|.*::(.*))$"
+# The members of an archive stay together, and so do the rows of a table: a slice opens one file instead of hundreds.
+# Those of a tar archive come in their order, which the version tells: a compressed one is read from its beginning to
+# its end.
+_MEMBER: Final = "^(?:zip|tar|row)://(?:.*?::((?:zip|tar)://.*)|.*::(.*))$"
 _ORDER: Final = (
     f"regexp_extract(uri, '{_MEMBER}', 1), regexp_extract(uri, '{_MEMBER}', 2), "
     "CASE WHEN starts_with(uri, 'tar://') THEN version END, uri, version"
@@ -210,6 +212,7 @@ def open_plan(
     *,
     retry_errors: bool,
     chosen: Chosen | None = None,
+    columns: Columns | None = None,
     allow_empty: bool = False,
 ) -> Iterator[Plan]:
     """Plan a run, and keep the plan for the length of a `with` block. Writes only temporary files on this machine.
@@ -220,6 +223,7 @@ def open_plan(
         model_id: the model to label with.
         retry_errors: whether all images that failed are tried again, and not only those with `PASSING_CODES`.
         chosen: which of the files are labelled; None for all.
+        columns: which columns of manifests hold what.
         allow_empty: whether there may be nothing to label.
 
     Raises:
@@ -231,7 +235,7 @@ def open_plan(
     parts = list_parts(output)
     with open_database() as (database, scratch):
         spilled, done = scratch / "listed.json.gz", scratch / "done.parquet"
-        listed = spill_listing(spilled, sources, output, chosen or Chosen(), allow_empty=allow_empty)
+        listed = spill_listing(spilled, sources, output, chosen or Chosen(), columns=columns, allow_empty=allow_empty)
         spill_keys(done, read_parts(output, parts, KEY_COLUMNS))
         parameters = {"listed": str(spilled), "done": str(done), "model_id": model_id, "retry_errors": retry_errors}
         database.execute(_WORK, parameters)

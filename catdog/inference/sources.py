@@ -11,6 +11,7 @@ from pathlib import Path
 from catdog import storage
 from catdog.errors import UsageError
 from catdog.provenance import redact
+from catdog.storage.manifests import Columns
 from catdog.storage.names import archive_scheme
 from catdog.storage.patterns import Chosen
 from catdog.storage.urls import is_local, local_path, outermost, split_member
@@ -73,7 +74,13 @@ def refuse_output_inside(sources: Sequence[str], output: str) -> None:
 
 
 def spill_listing(
-    path: Path, sources: Sequence[str], output: str, chosen: Chosen, *, allow_empty: bool = False
+    path: Path,
+    sources: Sequence[str],
+    output: str,
+    chosen: Chosen,
+    *,
+    columns: Columns | None = None,
+    allow_empty: bool = False,
 ) -> Listed:
     """Write the listing of all sources to a local file. What is no image is skipped.
 
@@ -82,6 +89,7 @@ def spill_listing(
         sources: where the images are.
         output: directory of the part files.
         chosen: which of the files are listed.
+        columns: which columns of manifests hold what.
         allow_empty: whether there may be nothing to list.
 
     Raises:
@@ -95,7 +103,13 @@ def spill_listing(
     with gzip.open(path, "wt", compresslevel=1) as spilled:
         for source in sources:
             listing = storage.list_images(
-                source, exclude=output, own=own, chosen=chosen, skip_others=True, allow_empty=allow_empty
+                source,
+                exclude=output,
+                own=own,
+                columns=columns,
+                chosen=chosen,
+                skip_others=True,
+                allow_empty=allow_empty,
             )
             first = last = ""
             for file in listing:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 
 from catdog.errors import StorageError, UsageError
 from catdog.provenance import redact
-from catdog.storage import archives, manifests, outages, patterns, s3, walking
+from catdog.storage import archives, embedded, manifests, outages, patterns, s3, walking
 from catdog.storage.filesystems import (
     OBJECT_STORES,
     SourceFile,
@@ -79,6 +79,7 @@ def list_images(
     *,
     exclude: str | None = None,
     own: Collection[str] | None = None,
+    columns: manifests.Columns | None = None,
     chosen: Chosen | None = None,
     skip_others: bool = False,
     allow_empty: bool = False,
@@ -91,7 +92,8 @@ def list_images(
     - one file;
     - a `.zip` or `.tar` archive, compressed (`.tar.gz`, `.tgz`, `.tar.zst`, `.tar.bz2`, `.tar.xz`) or not, or one
       member or one folder of it;
-    - a Parquet manifest, whose column `uri` names the files. A relative name starts at the manifest's directory.
+    - a manifest (`catdog.storage.manifests`): a table whose rows name the files, or hold images. A relative name
+      starts at the directory of the table.
 
     Archives are read in place, also those that a directory, a glob or another archive holds. If such an archive cannot
     be read, it is listed itself; what is read of it is an error that says why.
@@ -114,6 +116,7 @@ def list_images(
             a symbolic link leads there.
         own: what `storage_of` says of the job's own storages; those of `url` and `exclude` belong to them. If another
             storage fails when a manifest's file is looked up there, the file is listed with the version "".
+        columns: which columns of a manifest hold what.
         chosen: which files are listed; None for all.
         skip_others: skip what is no image, neither by its name nor by its first bytes. Only files whose suffix is not
             that of an image are looked into. A file that `url` or a manifest names is never skipped. Without this, a
@@ -129,7 +132,7 @@ def list_images(
     listing = Listing()
     own = {storage_of(place) for place in (url, exclude or url)} | set(own or ())
     sieve = Sieve(listing.skip, chosen or Chosen(), skips_others=skip_others)
-    found = _list(url, listing, sieve, own)
+    found = _list(url, listing, sieve, lambda uri: _look_up(uri, listing, own), columns or manifests.Columns())
     if exclude is not None:
         found = _without(found, url, absolute(exclude))
     files = sieve.sifted(found)
@@ -179,6 +182,23 @@ def _would_list(images: str, output: str) -> bool:
     return any(is_match(base + name) for name in ("part-0.parquet", "dataset.json", "train/part-0.parquet"))
 
 
+def find_tables(url: str) -> list[str] | None:
+    """The tables of a manifest; None if there is something else at a URL, or nothing."""
+    url = absolute(url)
+    listing = Listing()
+    sieve = Sieve(listing.skip, Chosen(), skips_others=False)
+    try:
+        if _kind(url) == "file":
+            return [url] if manifests.is_table(url) else None
+        files = _walk(url, listing, sieve)
+    except (FileNotFoundError, NotADirectoryError):
+        if split_member(url) is not None or not patterns.is_glob(url):
+            return None
+        files = _walk_glob(url, listing, sieve)
+    tables, _ = manifests.tables_among(url, files)
+    return tables or None
+
+
 def list_names(url: str, suffix: str = "") -> list[str]:
     """Sorted names directly under a directory that end in `suffix`; none if there is no such directory.
 
@@ -224,14 +244,26 @@ def _kind(url: str) -> str:
     return require(url, look)
 
 
-def _list(url: str, listing: Listing, sieve: Sieve, own: Collection[str]) -> Iterator[Found]:
+def _list(
+    url: str, listing: Listing, sieve: Sieve, look_up: manifests.LookUp, columns: manifests.Columns
+) -> Iterator[Found]:
+    def listed(place: str, files: Iterator[SourceFile]) -> Iterator[Found]:
+        tables, files = manifests.tables_among(place, files)
+        if tables:
+            files = manifests.list_manifest(tables, columns, look_up)
+        for file in files:
+            yield from [Found(file, is_named=True)] if tables else _opened(Found(file), listing, sieve)
+
+    if embedded.split_row(url) is not None:
+        yield Found(look_up(url) or SourceFile(url, "", 0), is_named=True)
+        return
     if (chained := split_member(url)) is not None:
         yield from _list_named_archive(chained[1], listing, sieve, under=chained[0])
         return
     is_prefix, url = url.endswith("/") and url != "/" and not url.endswith("://"), absolute(url)
     has_keys = s3.is_s3_url(url) and "/" in url.partition("://")[2]
     if is_prefix and has_keys:
-        files = _list_directory(url, listing, sieve)
+        files = listed(url, _walk(url, listing, sieve))
         if (first := next(files, None)) is not None:
             yield first
             yield from files
@@ -243,39 +275,36 @@ def _list(url: str, listing: Listing, sieve: Sieve, own: Collection[str]) -> Ite
     except (FileNotFoundError, NotADirectoryError):
         if not patterns.is_glob(url):
             raise
-        yield from _list_glob(url, listing, sieve)
+        yield from listed(url, _walk_glob(url, listing, sieve))
         return
     if kind == "directory":
-        yield from _list_directory(url, listing, sieve)
+        yield from listed(url, _walk(url, listing, sieve))
         return
     sieve.base = url.rpartition("/")[0] + "/"
     if archive_scheme(url):
         yield from _list_named_archive(url, listing, sieve)
-    elif url.lower().endswith(".parquet"):
-        rows = manifests.list_manifest(url, lambda uri: _look_up(uri, listing, own))
-        yield from (Found(file, is_named=True) for file in rows)
-    elif (file := _look_up(url, listing, own)) is not None:
+    elif manifests.is_table(url):
+        yield from (Found(file, is_named=True) for file in manifests.list_manifest([url], columns, look_up))
+    elif (file := look_up(url)) is not None:
         yield Found(file, is_named=True)
     if has_keys:
-        yield from _list_directory(url, listing, sieve)
+        yield from listed(url, _walk(url, listing, sieve))
 
 
-def _list_directory(url: str, listing: Listing, sieve: Sieve) -> Iterator[Found]:
+def _walk(url: str, listing: Listing, sieve: Sieve) -> Iterator[SourceFile]:
     sieve.base = url.rstrip("/") + "/"
-    for file in walking.walk(url, listing.skip):
-        yield from _opened(Found(file), listing, sieve)
+    return walking.walk(url, listing.skip)
 
 
-def _list_glob(url: str, listing: Listing, sieve: Sieve) -> Iterator[Found]:
+def _walk_glob(url: str, listing: Listing, sieve: Sieve) -> Iterator[SourceFile]:
     fixed = patterns.fixed(url)
     directory = fixed.rpartition("/")[0] or "/"
     if "://" in url and "://" not in directory:
         raise UsageError(f"A glob must name its bucket. Received: {redact(url)}")
     sieve.base = directory.rstrip("/") + "/"
     is_match = patterns.matcher(url)
-    for file in walking.walk(directory, listing.skip, walking.Depth.of(url, directory), fixed):
-        if is_match(file.uri):
-            yield from _opened(Found(file), listing, sieve)
+    files = walking.walk(directory, listing.skip, walking.Depth.of(url, directory), fixed)
+    return (file for file in files if is_match(file.uri))
 
 
 def _opened(found: Found, listing: Listing, sieve: Sieve) -> Iterator[Found]:
@@ -333,6 +362,8 @@ def _look_up(uri: str, listing: Listing, own: Collection[str]) -> SourceFile | N
         return SourceFile(uri, "", 0)
     patience_s = None if is_own else outages.FOREIGN_PATIENCE_S
     try:
+        if (row := embedded.split_row(uri)) is not None:
+            return SourceFile(uri, attempt(uri, lambda: embedded.version_of_table(row[2]), patience_s=patience_s), 0)
         if (chained := split_member(uri)) is not None:
             return archives.stat_member(chained[1], chained[0], patience_s=patience_s)
         return attempt(uri, look, patience_s=patience_s)

@@ -60,7 +60,11 @@ def read_source(
         uri = absolute(uri) if uri.startswith("file:") else uri
         if archive_scheme(uri) is not None:
             raise archives.why_no_image(uri, patience_s=patience_s)
-        if (chained := split_member(uri)) is not None:
+        if uri.startswith("row://"):
+            from catdog.storage.embedded import read_row  # which needs `open_read`
+
+            data = read_row(uri, version, patience_s=patience_s)
+        elif (chained := split_member(uri)) is not None:
             data = archives.read_member(chained[1], chained[0], MAX_BYTES, version=version, patience_s=patience_s)
         elif is_local(uri):
             data = attempt(uri, lambda: _read_local(local_path(uri)))

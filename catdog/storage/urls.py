@@ -15,8 +15,8 @@ _LOCAL: Final = re.compile(r"(?i)(?:file|local):(?://localhost(?=/)|//|(?=/))")
 
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=://)")
 
-_MEMBERS: Final = ("zip://", "tar://")
-"""How the URL of a member of an archive begins. They are of one length."""
+_MEMBERS: Final = ("zip://", "tar://", "row://")
+"""How the URL of a member of an archive begins, or that of a row of a table (`embedded`). They are of one length."""
 
 _NEXT_ARCHIVE: Final = re.compile(r"::(?=(?:zip|tar)://)")
 """What lies between a member and the archive that holds it, if this archive is a member of another one."""
