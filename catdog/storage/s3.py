@@ -121,8 +121,8 @@ def _filesystem(_settings: tuple[str | None, ...], _pid: int, max_connections: i
 def list_page(fs: Any, prefix: str, token: str | None, *, flat: bool) -> Page:
     """One page of the objects whose URL starts with `prefix`.
 
-    `fs.find` and `fs.ls` are documented, but hold the whole listing in memory. obstore lists with a tenth of the CPU time,
-    but gives `photos` for the key `photos/`, and no page at all if a key has `//` in it.
+    `fs.find` and `fs.ls` are documented, but hold the whole listing in memory. obstore lists with a tenth of the CPU
+    time, but gives `photos` for the key `photos/`, and no page at all if a key has `//` in it.
 
     Args:
         fs: the filesystem.
