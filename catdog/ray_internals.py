@@ -31,6 +31,7 @@ GCS_PING: Final = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 """The remote procedure by which the head of a cluster says that it lives. It needs no argument."""
 
 PROGRESS_LOGGER: Final = "ray.data._internal.progress.logger"
+FREE_RESOURCES: Final = "ray._private.state.available_resources_per_node"
 
 _OUT_OF_MEMORY: Final = re.compile("running low on memory|OutOfMemoryError")
 """Words of Ray's memory monitor. (Of every killed process Ray says that the OOM killer may have done it.)"""
@@ -45,6 +46,7 @@ NAMES: Final = (
     USER_ERROR,
     TRAIN_CONTEXT,
     PROGRESS_LOGGER,
+    FREE_RESOURCES,
 )
 """Every private name that this module uses."""
 
@@ -179,3 +181,20 @@ def quiet_ray_data(context: Any) -> None:
     progress_logger = find(PROGRESS_LOGGER)
     if progress_logger is not None:  # it would warn that there are no progress bars
         progress_logger.setLevel(logging.ERROR)
+
+
+def all_resources() -> list[tuple[int, int]]:
+    """Number of CPUs, and number of GPUs, of each node of the cluster."""
+    import ray
+
+    return [_cpus_and_gpus(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def free_resources() -> list[tuple[int, int]]:
+    """Number of CPUs, and number of GPUs, that are free on each node: all, where this version of Ray does not tell."""
+    available = find(FREE_RESOURCES)
+    return all_resources() if available is None else [_cpus_and_gpus(node) for node in available().values()]
+
+
+def _cpus_and_gpus(resources: dict[str, float]) -> tuple[int, int]:
+    return int(resources.get("CPU", 0)), int(resources.get("GPU", 0))

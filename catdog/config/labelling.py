@@ -86,9 +86,9 @@ class PredictConfig:
     """Number of decoding threads (inline), or largest number of Ray actors (ray). The default is one per core, and with
     ray as many actors as the cluster has room for at the time."""
 
-    cpus_per_worker: int = 1
-    """Number of CPUs of each Ray actor (ray), whose threads share one model. With more, a node needs less memory; with
-    one, no thread waits for another."""
+    cpus_per_worker: int | None = None
+    """Number of CPUs of each Ray actor (ray), whose threads share one model in memory. The default is as many as the
+    nodes have, but at most 8."""
 
     max_failed_fraction: float = 0.1
     """Exit with code 3 if more than this share of the images that this run labelled failed, and at least

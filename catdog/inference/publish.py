@@ -12,6 +12,7 @@ from typing import Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from catdog import provenance, schema, storage
@@ -135,6 +136,20 @@ def _read_part(output: str, part: str, columns: Sequence[str] | None) -> tuple[s
         raise OutputRefusedError(
             f"--output must hold predictions or nothing. Received: {provenance.redact(url)}, which holds none: {reason}"
         ) from error
+
+
+def rows_of_run(output: str, part: str, run_id: str) -> pa.Table | None:
+    """The rows of a part file that a run has written; None where there is no such file, or none of them is the run's.
+
+    Raises:
+        OutputRefusedError: the file is not a part file of `predict`.
+        StorageError: the storage failed.
+    """
+    if not storage.exists(storage.join(output, part)):
+        return None
+    _, rows = _read_part(output, part, None)
+    own = rows.filter(pc.equal(rows["run_id"], run_id))
+    return own if len(own) else None
 
 
 def spill_keys(path: Path, parts: Iterable[tuple[str, pa.Table]], columns: Sequence[str] = KEY_COLUMNS) -> None:

@@ -18,7 +18,7 @@ from catdog.config import EngineName
 from catdog.errors import BundleError, ClaimLostError, ImageError, StorageError
 from catdog.inference import trial
 from catdog.inference.plan import CONTENT_VERSION, Slice
-from catdog.inference.publish import publish_part
+from catdog.inference.publish import publish_part, rows_of_run
 from catdog.inference.sources import Root
 from catdog.labelling import PORTION_BYTES, Labelled, Verdict, load_labeller
 from catdog.portions import portions
@@ -113,13 +113,22 @@ class SliceResult:
 class Worker:
     """Labels and publishes slices with the threads of this process. It is a context manager."""
 
-    def __init__(self, job: Job, num_workers: int | None, model: bundle.Bundle | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        num_workers: int | None,
+        model: bundle.Bundle | None = None,
+        *,
+        may_have_double: bool = False,
+    ) -> None:
         """Load the model.
 
         Args:
             job: what to label with, and where to publish.
             num_workers: number of decoding threads; None for one per core.
             model: the job's bundle, if this process has verified it; else it is loaded.
+            may_have_double: whether another worker may be given the same slice. If that one has published it, its rows
+                stay, and are the result.
 
         Raises:
             BundleError: the model cannot be used, or is not the one that the job names.
@@ -130,6 +139,7 @@ class Worker:
         if model.model_id != job.model_id:
             raise BundleError(f"{model.url} must not change during a run. Received: another {bundle.CARD_NAME}")
         self._job = job
+        self._may_have_double = may_have_double
         self._labeller = load_labeller(model, job.engine, num_workers=num_workers, use_gpu=job.use_gpu)
         self._publishers = ThreadPoolExecutor(_PUBLISHERS, thread_name_prefix="catdog-publish")
 
@@ -181,12 +191,14 @@ class Worker:
             if verdict.error_code not in known and _version(file, verdict) not in known
         ]
         rows = _rows(self._job, found)
-        is_published = self._publish_rows(piece, rows)
+        published = rows_of_run(self._job.output, piece.part, self._job.run_id) if self._may_have_double else None
+        is_published = published is not None or self._publish_rows(piece, rows)
+        rows = rows if published is None else published
         return SliceResult(
             part=piece.part,
             is_retry=piece.is_retry,
             is_published=is_published,
-            already_done=len(piece.files) - len(found),
+            already_done=len(piece.files) - len(rows),
             labels=_tally(rows["label"]),
             errors=_tally(rows["error_code"]),
             needs_review=pc.sum(rows["needs_review"]).as_py() or 0,
