@@ -171,7 +171,8 @@ NO_DATASET = "A dataset must hold dataset.json, which prepare writes last. Recei
         (
             "prepare --images cow --labels cow/labels.csv --output out",
             2,
-            "Every label must be cat or dog. Received: 1 that are neither, the first: 'cow' of {0}/cow/cow.png",
+            "Every label must be cat or dog, 0 or 1, or a name in --class-names. Received: 1 that are not, the first "
+            "in row 1 of {0}/cow/labels.csv: 'cow' of {0}/cow/cow.png",
         ),
         ("prepare --images only-cats --output mine", 2, OURS + "thesis.txt"),
         ("train --data missing --output out", 1, NO_DATASET + "{0}/missing"),

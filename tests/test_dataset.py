@@ -23,7 +23,6 @@ from catdog.dataset import (
     check_shards,
     grouping,
     iter_split,
-    labels,
     load_info,
     prepare,
     reading,
@@ -46,25 +45,6 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("uri", "auto", "folder", "prefix"),
-    [
-        ("/data/cat/1.jpg", 0, 0, None),
-        ("/data/Dogs/1.jpg", 1, 1, None),
-        ("/data/train/cat.123.jpg", 0, None, 0),
-        ("/data/train/dogs_7.png", 1, None, 1),
-        ("/data/dog/cat.1.jpg", 1, 1, 0),
-        ("/data/train/catalog.jpg", None, None, None),
-        ("/data/cat/deep/1.jpg", None, None, None),
-        ("zip://train/dog.5.jpg::s3://cat/train.zip", 1, None, 1),
-        ("zip://dog.5.jpg::/cat/train.zip", 1, None, 1),
-        ("s3://bucket/CAT/x.jpg", 0, 0, None),
-    ],
-)
-def test_label_by_name(uri: str, auto: int | None, folder: int | None, prefix: int | None) -> None:
-    assert [labels.by_rule(rule, uri) for rule in labels.RULES] == [auto, folder, prefix]
 
 
 @given(st.text("0123456789abcdef", min_size=64, max_size=64), st.integers(0, 5), st.floats(0, 0.5), st.floats(0, 0.49))
@@ -228,17 +208,23 @@ def test_tables_of_labels_that_are_refused(tmp_path: Path, photos: Path) -> None
     table = tmp_path / "labels.csv"
     rows = ["uri,label", "cat/a.jpg,cat", "cat/b.jpg,Cats", f"{photos}/dog/a.jpg,dog"]
     table.write_text("\n".join([*rows, "dog/b.jpg,bird"]))
-    assert f"Received: 1 that are neither, the first: 'bird' of {photos}/dog/b.jpg" in refused(
+    assert f"Received: 1 that are not, the first in row 4 of {table}: 'bird' of {photos}/dog/b.jpg" in refused(
         tmp_path, photos, str(table)
     )
     table.write_text("\n".join([*rows, "dog/b.jpg,dog", "dog/b.jpg,cat"]))
-    assert f"with two in {table}, the first: {photos}/dog/b.jpg" in refused(tmp_path, photos, str(table))
+    assert f"with two in {table}, the first: {photos}/dog/b.jpg, in row 4 of {table} and row 5 of {table}" in refused(
+        tmp_path, photos, str(table)
+    )
     table.write_text("\n".join(rows))
     assert f"1 of 4 files without one, the first: {photos}/dog/b.jpg" in refused(tmp_path, photos, str(table))
-    table.write_text("name,class\na,cat")
-    assert "must have the columns uri and label" in refused(tmp_path, photos, str(table))
+    table.write_text("id,class\na,cat")
+    assert "must have a column named uri, path," in refused(tmp_path, photos, str(table))
+    table.write_text("path,kind\na,cat")
+    assert "must have a column named label, labels, class, category, or" in refused(tmp_path, photos, str(table))
+    table.write_text("path,label,class\na,cat,0")
+    assert "--label-column must say which column is meant" in refused(tmp_path, photos, str(table))
     table.write_text("")
-    assert "readable as CSV" in refused(tmp_path, photos, str(table))
+    assert "must have a column named" in refused(tmp_path, photos, str(table))
     assert "must exist" in refused(tmp_path, photos, str(tmp_path / "nowhere.csv"))
 
 

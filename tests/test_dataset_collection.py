@@ -19,20 +19,21 @@ from test_dataset import encoded, picture
 from catdog import storage
 from catdog.config import PrepareConfig
 from catdog.dataset import catalog, check, outcome, prepare, split
+from catdog.dataset.collection import Collection, list_collection
 from catdog.errors import DatasetError, OutputClaimedError, UsageError
 from catdog.schema import CLASS_NAMES, DATASET_SCHEMA, REJECTS_SCHEMA, SPLITS
 from catdog.storage.names import looks_like_image
 
-SplitRule = Literal["auto", "folders", "random"]
+SplitRule = Literal["auto", "keep", "random"]
 
 
 @contextlib.contextmanager
 def listed(
     images: Path | str, labels: Path | str = "auto", split: SplitRule = "auto"
-) -> Iterator[tuple[duckdb.DuckDBPyConnection, catalog.Collection]]:
+) -> Iterator[tuple[duckdb.DuckDBPyConnection, Collection]]:
     config = PrepareConfig(images=str(images), output="/nowhere/out", labels=str(labels), split=split)
     with catalog.open_catalog() as connection:
-        yield connection, catalog.list_collection(connection, config)
+        yield connection, list_collection(connection, config)
 
 
 def labelled(images: Path | str, table: Path | str) -> dict[str, str]:
@@ -172,8 +173,11 @@ def test_rows_that_name_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture
     table = write(tmp_path / "t.csv", b"uri,label\n1.jpg,cat\ngone.jpg,dog\n2.jpg,dog\nalso-gone.jpg,bird\n")
     with caplog.at_level(logging.WARNING), listed(root, table) as (_, collection):
         assert (collection.label_rows, collection.unmatched_label_rows) == (4, 2)
-    assert f"2 of 4 rows of {table} name no listed file or have no label; the first of them: 'gone.jpg'" in caplog.text
-    table.write_bytes(b"uri,label\n" + b"".join(b"C:\\pets\\%d.jpg,cat\n" % number for number in range(40)))
+    assert (
+        f"2 of 4 rows of {table} name no listed file or have no label; the first of them, row 2 of {table}: 'gone.jpg'"
+        in caplog.text
+    )
+    table.write_bytes(b"uri,label\n" + b"".join(b"C:\\old\\%d.jpg,cat\n" % number for number in range(40)))
     with (
         pytest.raises(
             UsageError,
@@ -225,10 +229,10 @@ def test_a_split_that_the_folders_name_is_kept(tmp_path: Path, caplog: pytest.Lo
     with caplog.at_level(logging.INFO):
         assert given(root) == ({"train": 2, "val": 2, "test": 1}, {"3.jpg": "val", "4.jpg": "val", "5.jpg": "test"})
     assert (
-        "The folders decide the split: 2 train, 2 val, 1 test. 1 files in no such folder count as train" in caplog.text
+        "The folders decide the split: 2 train, 2 val, 1 test. 1 other files count as train" in caplog.text
     )
     assert given(root, "random") == ({}, {})
-    assert given(root, "folders") == given(root)
+    assert given(root, "keep") == given(root)
     assert given(root / "validation") == given(root / "cats/..//train") == ({}, {})
 
 
@@ -252,9 +256,9 @@ def test_only_one_held_out_split_or_none_to_train_with(tmp_path: Path) -> None:
     photos(tmp_path / "held", "val/cats/1.jpg", "test/dogs/2.jpg")
     assert given(tmp_path / "held") == ({}, {})
     with pytest.raises(
-        UsageError, match=r"--split=folders needs .*Received: 0 files in train, 1 files in val, 1 files in test"
+        UsageError, match=r"--split=keep needs .*Received: 0 files in train, 1 files in val, 1 files in test"
     ):
-        given(tmp_path / "held", "folders")
+        given(tmp_path / "held", "keep")
     kaggle = photos(tmp_path / "kaggle", "train/cat.1.jpg", "train/dog.2.jpg")
     assert given(kaggle) == ({}, {})
 

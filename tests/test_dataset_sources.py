@@ -13,6 +13,7 @@ from test_storage_tars import JPEG, PACKERS, make_tar
 
 from catdog.config import PrepareConfig
 from catdog.dataset import catalog, labels
+from catdog.dataset.collection import list_collection
 from catdog.errors import UsageError
 
 
@@ -20,7 +21,7 @@ def listed(*images: str, **fields: Any) -> dict[str, int | None]:
     """The listed files, with the index of their class."""
     config = PrepareConfig(images=images, output="/nowhere/out", **fields)
     with catalog.open_catalog() as connection:
-        catalog.list_collection(connection, config)
+        list_collection(connection, config)
         return dict(connection.execute("SELECT uri, label FROM listing ORDER BY row").fetchall())
 
 

@@ -30,20 +30,47 @@ def counts(connection: duckdb.DuckDBPyConnection) -> dict[str, dict[str, int]]:
 def check_counts(counts: dict[str, dict[str, int]], config: PrepareConfig, given: Collection[str] = ()) -> None:
     """Check that there are training images of both classes, and images in every split that was asked for or given.
 
+    Warns of a split to validate or to test with that has no images of a class.
+
     Raises:
         DatasetError: there are none.
     """
     for name, num in counts["train"].items():
-        if not num:
-            raise DatasetError(f"The train split must have images of every class. Received: no {name} in it; {counts}")
+        if not num and config.test_fraction < 1:
+            raise DatasetError(
+                f"The train split must have images of every class; bring more {name}s, or make a dataset to evaluate "
+                f"with alone (--test-fraction 1). Received: no {name} in it; {counts}"
+            )
     for split, fraction in (("val", config.val_fraction), ("test", config.test_fraction)):
         if split in given and not sum(counts[split].values()):
-            raise DatasetError(f"A split that folders name must hold an image that is kept. Received: none in {split}")
+            raise DatasetError(
+                f"A split that a table or folders name must hold an image that is kept. Received: none in {split}"
+            )
         if fraction and not sum(counts[split].values()):
             raise DatasetError(
-                f"--{split}-fraction must give the split at least one image. Received: --{split}-fraction={fraction}, "
-                f"which gave it none of {sum(sum(by_class.values()) for by_class in counts.values())} images"
+                f"--{split}-fraction must give the split at least one image; bring more images, or say "
+                f"--{split}-fraction 0. Received: --{split}-fraction={fraction}, which gave it none of "
+                f"{sum(sum(by_class.values()) for by_class in counts.values())} images"
             )
+        _warn_of_missing(split, counts[split], is_given=split in given)
+
+
+_NEEDS: Final = {
+    "val": "catdog train refuses this dataset: it calibrates and chooses its model on both classes",
+    "test": "catdog evaluate can measure little on it",
+}
+"""Split → what happens if it lacks a class."""
+
+
+def _warn_of_missing(split: str, by_class: dict[str, int], *, is_given: bool) -> None:
+    if not sum(by_class.values()):
+        return
+    for name in (name for name, num in by_class.items() if not num):
+        logger.warning(
+            "The split %s has no %s, and %s. Bring more %ss%s.",
+            *(split, name, _NEEDS[split], name),
+            ", or say --split random" if is_given else "",
+        )
 
 
 def rejects(connection: duckdb.DuckDBPyConnection) -> pa.Table:

@@ -29,10 +29,12 @@ import pyarrow as pa
 
 from catdog import provenance, records, storage
 from catdog.config import PrepareConfig, flag
-from catdog.dataset import catalog, check, grouping, outcome, ray_tasks, scan, shards
+from catdog.dataset import catalog, check, grouping, outcome, ray_tasks, scan, shards, strata
+from catdog.dataset.collection import Collection, list_collection
 from catdog.dataset.labels import RULES
 from catdog.dataset.reading import FORMAT, FORMAT_VERSION, INFO_NAME, DatasetInfo, iter_split, load_info, parse_info
 from catdog.dataset.samples import sample_sheet
+from catdog.dataset.split import RULE as SPLIT_RULE
 from catdog.errors import DatasetError, OutputRefusedError, UsageError
 from catdog.provenance import redact
 from catdog.ray_session import connect
@@ -93,10 +95,10 @@ class PrepareRecord(records.Record):
     images_per_s: float
 
     given_splits: dict[str, int] = field(default_factory=dict)
-    """Split → number of files whose folders name it; empty if folders did not decide the split."""
+    """Split → number of files that a table or their folders give to it; empty if neither decided."""
 
     unmatched_label_rows: int | None = None
-    """Number of rows of the table of labels that name no listed file or lack a label; None if there is no table."""
+    """Number of rows of the table of labels that name no listed file, or lack a label; None if there is no table."""
 
     def summary(self) -> list[str]:
         """The numbers of images that were kept, by split and class, and rejected, by reason."""
@@ -131,7 +133,7 @@ def run(config: PrepareConfig) -> PrepareRecord:
         connection = stack.enter_context(catalog.open_catalog())
         grouping.create(connection)
         with watch.stage("list"):
-            collection = catalog.list_collection(connection, config)
+            collection = list_collection(connection, config)
             listing_digest = catalog.listing_digest(connection)
             if config.extends is not None:
                 _settle(connection, config.extends)
@@ -142,7 +144,7 @@ def run(config: PrepareConfig) -> PrepareRecord:
 def _prepare(
     connection: duckdb.DuckDBPyConnection,
     config: PrepareConfig,
-    collection: catalog.Collection,
+    collection: Collection,
     listing_digest: str,
     claim: storage.Claim,
     watch: _Stopwatch,
@@ -163,6 +165,7 @@ def _prepare(
             _scan(connection, num_slices, staging, config, collection)
         with watch.stage("group"):
             grouping.decide(connection, config.near_duplicates, partial(scan.read_thumbnails, staging_url=staging))
+            strata.fill(connection, config, collection.given)
             counts = outcome.counts(connection)
             try:
                 outcome.check_counts(counts, config, collection.given)
@@ -191,6 +194,7 @@ def _prepare(
                 **outcome.duplicates(connection),
                 "parts": parts,
                 "near_duplicates": outcome.near_duplicates(connection),
+                "split_rule": SPLIT_RULE,
                 "given_splits": collection.given,
                 "label_rows": collection.label_rows,
                 "unmatched_label_rows": collection.unmatched_label_rows,
@@ -254,6 +258,10 @@ _ADDED: Final[dict[str, Any]] = {
     "extends": None,
     "include": [],
     "exclude": [],
+    "class_names": [],
+    "uri_column": None,
+    "label_column": None,
+    "split_column": None,
 }
 """What the configurations in the datasets of version 0.1.0 lack, and how these datasets are to be taken."""
 
@@ -266,6 +274,7 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
         "images": _absolute(config["images"]),
         "labels": labels if labels in RULES else storage.absolute(labels),
         "extends": None if extends is None else storage.absolute(extends),
+        "split": "keep" if config["split"] == "folders" else config["split"],  # as it was called before
     }
 
 
@@ -303,7 +312,7 @@ def _scan(
     num_slices: int,
     staging: str,
     config: PrepareConfig,
-    collection: catalog.Collection,
+    collection: Collection,
 ) -> None:
     """Scan all slices on the cluster, and fill the table `scanned`."""
     (num_files,) = catalog.one_row(connection, "SELECT count(*) FROM listing WHERE label IS NOT NULL")
@@ -326,8 +335,8 @@ def _parts(written: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def _statistics(written: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Mean and standard deviation of the training images' pixels, per channel."""
-    train = [row for row in written if row["shard"].startswith("train/")]
+    """Mean and standard deviation of the training images' pixels, per channel; of all, if there is nothing to train."""
+    train = [row for row in written if row["shard"].startswith("train/")] or written
     weights = [row["num_rows"] for row in train]
     mean, mean_square = (
         np.average([row[name] for row in train], axis=0, weights=weights) for name in scan.MOMENT_COLUMNS

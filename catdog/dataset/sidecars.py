@@ -6,21 +6,17 @@ from typing import Final
 import duckdb
 import pyarrow as pa
 
-from catdog.dataset import labels
-from catdog.schema import CLASS_NAMES
+from catdog.dataset.labels import Classes
 from catdog.storage.archives import webdataset
 from catdog.storage.urls import split_member
 
 _BATCH_ROWS: Final = 16_384
 
-_INDICES: Final = {str(index): index for index in range(len(CLASS_NAMES))}
-"""The class of a label that is a number, in the order of `CLASS_NAMES`."""
 
-
-def set_labels(connection: duckdb.DuckDBPyConnection) -> None:
+def set_labels(connection: duckdb.DuckDBPyConnection, classes: Classes) -> None:
     """Give the unlabelled images of tar archives in the table `listing` the labels of their samples.
 
-    A label is a class's name, in any spelling of `labels.class_index`, or its index. Other labels are no labels.
+    Labels that `classes` does not know are no labels.
     """
     unlabelled = connection.execute("SELECT uri FROM listing WHERE label IS NULL AND starts_with(uri, 'tar://')")
     archives: dict[str, None] = {}
@@ -29,7 +25,7 @@ def set_labels(connection: duckdb.DuckDBPyConnection) -> None:
     for archive in archives:
         labelled = iter(webdataset.labels(archive))
         while batch := list(islice(labelled, _BATCH_ROWS)):
-            found = [(file.uri, file.version, _index(label)) for file, label in batch]
+            found = [(file.uri, file.version, classes.of_label(label)) for file, label in batch]
             uris, versions, indices = zip(*found, strict=True)
             rows_of_samples = pa.table({"uri": uris, "version": versions, "label": pa.array(indices, pa.int8())})
             connection.register("_samples", rows_of_samples)
@@ -38,7 +34,3 @@ def set_labels(connection: duckdb.DuckDBPyConnection) -> None:
                 "WHERE listing.label IS NULL AND listing.uri = _samples.uri AND listing.version = _samples.version"
             )
             connection.unregister("_samples")
-
-
-def _index(label: str) -> int | None:
-    return _INDICES.get(label, labels.class_index(label))

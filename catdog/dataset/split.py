@@ -1,4 +1,4 @@
-"""The split of an image: a pure function of the key of its duplicate group and a seed, or what its folder names."""
+"""The split of an image: a pure function of the key of its duplicate group and a seed, or what a folder names."""
 
 import hashlib
 import re
@@ -10,7 +10,16 @@ _POSITION_BYTES: Final = 8
 HELD_OUT: Final = ("test", "val")
 """The splits that a model does not learn from, the one that is to be kept clean most first."""
 
-_FOLDER: Final = re.compile(r"(train|val|test)(?:ing|id|idation)?(?:[ _-]?(?:set|split|data|images))?", re.IGNORECASE)
+RULE: Final = "hash of the group/2"
+"""The rule by which splits are drawn, as `dataset.json` names it. Since version 2 every split gets images of every
+class, if there are enough groups (`catdog.dataset.strata`)."""
+
+_FOLDER: Final = re.compile(
+    r"(train|val|test)(?:ing|id|idation)?(?:[ _-]?(?:set|split|data|images))?"
+    r"(?:[-_.]\d+(?:-of-\d+)?(?:-[0-9a-f]{8,})?)?",
+    re.IGNORECASE,
+)
+"""A folder, or the name of a shard (an archive, a table) without its suffix: `train-00000-of-00002`."""
 
 
 def split_of(group_key: str, *, seed: int, val_fraction: float, test_fraction: float) -> str:

@@ -88,7 +88,7 @@ def resolve(uri: str, directory: str) -> str:
     """
     if (chained := split_member(uri)) is not None:
         return uri.removesuffix(chained[1]) + resolve(chained[1], directory)
-    if "://" in uri or _LOCAL.match(uri) or os.path.isabs(uri):
+    if not is_relative(uri):
         return absolute(uri)
     if is_local(directory):
         return path_uri(os.path.normpath(os.path.join(local_path(directory), uri)))
@@ -96,6 +96,11 @@ def resolve(uri: str, directory: str) -> str:
     bucket, _, folder = path.partition("/")
     key = posixpath.normpath(posixpath.join("/", folder, uri)).lstrip("/")
     return f"{scheme}://{bucket}/{key}"
+
+
+def is_relative(uri: str) -> bool:
+    """Whether a name in a table is neither an absolute path nor a URL."""
+    return not ("://" in uri or _LOCAL.match(uri) or os.path.isabs(uri))
 
 
 def join(url: str, *names: str) -> str:
