@@ -78,11 +78,13 @@ class SourceFile:
     """A file as it was when it was listed.
 
     Attributes:
-        uri: absolute local path, or URL with its scheme; of an archive member `zip://member::archive-uri`. A local path
-            that is not UTF-8 is `file:///caf%E9.jpg`; `os.fsdecode(urllib.parse.unquote_to_bytes(...))` of what follows
-            `file://` is the path.
-        version: ETag, or "size-mtime_ns"; of an archive member "crc32hex-size"; "" if there is no evidence by which to
-            tell whether the file is the same later: the storage gives neither ETag nor time, or there was no file.
+        uri: absolute local path, or URL with its scheme; of an archive member `zip://member::archive-uri`, of a row of
+            a table `row://column/number::table-uri` (`catdog.storage.embedded`). A local path that is not UTF-8 is
+            `file:///caf%E9.jpg`; `os.fsdecode(urllib.parse.unquote_to_bytes(...))` of what follows `file://` is the
+            path.
+        version: ETag, or "size-mtime_ns"; of an archive member "crc32hex-size", of a row that of the table; "" if there
+            is no evidence by which to tell whether the file is the same later: the storage gives neither ETag nor time,
+            or there was no file.
         num_bytes: size; of an archive member the decompressed size; 0 if the storage does not tell.
     """
 

@@ -144,7 +144,9 @@ def _rows_of(table: tables.Table, columns: Columns, roles: Sequence[str]) -> Ite
     numbers = itertools.count(1)
     for batch in table.batches([uri, *wanted.values()]):
         yield [
-            _row(table, uri, number, value, dict(zip(wanted, others, strict=True)), classes)
+            Row(number, table.url, value, None, None)
+            if not others and type(value) is str and not value.isspace() and value
+            else _row(table, uri, number, value, dict(zip(wanted, others, strict=True)), classes)
             for (value, *others), number in zip(batch, numbers, strict=False)  # the numbers have no end
         ]
 
@@ -203,12 +205,16 @@ def list_manifest(urls: Sequence[str], columns: Columns, look_up: LookUp) -> Ite
             return SourceFile(uri, versions[row.table] if row.image_bytes is not None else "", row.image_bytes or 0)
         if row.version and not is_local(outermost(uri)):
             return SourceFile(uri, row.version, row.num_bytes)
-        return _look_up_spellings(row, uri, look_up)
+        file = look_up(uri)
+        if file is not None and file.version:
+            return file
+        return _look_up_spellings(row, look_up) or file or SourceFile(uri, "", 0)
 
     with concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS) as pool:
         for rows in read_rows(urls, columns, "num_bytes", "version"):
-            named = [(row, row.row_uri or resolve(row.written or "", directory_of(row.table))) for row in rows]
             table = rows[0].table
+            directory = directory_of(table)
+            named = [(row, row.row_uri or resolve(row.written or "", directory)) for row in rows]
             if table not in versions and any(row.image_bytes is not None for row in rows):
                 versions[table] = require(table, partial(embedded.version_of_table, table))
             held = {chained[1] for _, uri in named if (chained := split_member(uri)) is not None}
@@ -255,14 +261,11 @@ def without_drive(written: str, directory: str) -> list[str]:
     return [f"/mnt/{drive[1].lower()}/{path[drive.end() :]}", *below]
 
 
-def _look_up_spellings(row: Row, uri: str, look_up: LookUp) -> SourceFile:
-    """The file that a row names, in whatever spelling it is found. If it is in none, it has the version ""."""
-    file = look_up(uri)
-    if file is not None and file.version:
-        return file
+def _look_up_spellings(row: Row, look_up: LookUp) -> SourceFile | None:
+    """The file that a row names in another spelling than the one that is written; None if there is none."""
     written, directory = row.written or "", directory_of(row.table)
     for other in [*other_spellings(written), *without_drive(written, directory)]:
-        spelled = look_up(resolve(other, directory))
-        if spelled is not None and spelled.version:
-            return spelled
-    return file or SourceFile(uri, "", 0)
+        file = look_up(resolve(other, directory))
+        if file is not None and file.version:
+            return file
+    return None

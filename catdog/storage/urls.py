@@ -100,7 +100,7 @@ def resolve(uri: str, directory: str) -> str:
 
 def is_relative(uri: str) -> bool:
     """Whether a name in a table is neither an absolute path nor a URL."""
-    return not ("://" in uri or _LOCAL.match(uri) or os.path.isabs(uri))
+    return not (uri.startswith("/") or "://" in uri or _LOCAL.match(uri))
 
 
 def join(url: str, *names: str) -> str:
