@@ -167,7 +167,7 @@ def save(
 
     Args:
         url: directory of the bundle.
-        model: a model that `catdog.architectures.exported` made.
+        model: a model that `catdog.architectures.exported` made. It is saved with the card's temperature in it.
         card: `image_size`, `temperature`, `review_threshold`, and any other fields that describe the model.
         irs: OpenVINO's models, if they are there already; the float one is made if not.
         extra_files: name → content of further files, which the card will list.
@@ -177,10 +177,7 @@ def save(
     """
     from catdog.architectures import logits_model
 
-    with scratch.directory("bundle") as directory:
-        path = Path(directory) / MODEL_NAME
-        model.save(path)
-        files = {MODEL_NAME: _compressed(path), **(extra_files or {})}
+    files = {MODEL_NAME: keras_file(model, card["temperature"]), **(extra_files or {})}
     files |= ir_files(irs or {"float": openvino_ir.float_ir(model, card["image_size"])})
     images_BHWC = golden_images(card["image_size"])
     logits_B = np.asarray(logits_model(model)(images_BHWC.astype("float32"), training=False))[:, 0]
@@ -192,6 +189,16 @@ def save(
         "golden_logits": [round(float(logit), 4) for logit in logits_B],
     }
     return write(url, full_card, files)
+
+
+def keras_file(model: keras.Model, temperature: float) -> bytes:
+    """The content of `model.keras`: the model, whose probabilities are calibrated by this temperature."""
+    from catdog.architectures import calibrated
+
+    with scratch.directory("bundle") as directory:
+        path = Path(directory) / MODEL_NAME
+        calibrated(model, temperature).save(path)
+        return _compressed(path)
 
 
 def write(url: str, card: dict[str, Any], files: Mapping[str, bytes]) -> str:
@@ -297,16 +304,28 @@ def load_model(bundle: Bundle) -> keras.Model:
     Raises:
         BundleError: Keras cannot read the model, or it has no layer for the logits.
     """
+    return _keras_model(bundle.paths[MODEL_NAME], bundle.url)
+
+
+def model_of(data: bytes, url: str) -> keras.Model:
+    """As `load_model`, of a Keras file's content. `url` says in an error where it is from."""
+    with scratch.directory("bundle") as directory:
+        path = Path(directory) / MODEL_NAME
+        path.write_bytes(data)
+        return _keras_model(path, url)
+
+
+def _keras_model(path: Path, url: str) -> keras.Model:
     import keras
 
     from catdog.architectures import LOGITS_LAYER, logits_model
 
     try:
-        model = keras.saving.load_model(bundle.paths[MODEL_NAME], compile=False, safe_mode=True)
+        model = keras.saving.load_model(path, compile=False, safe_mode=True)
         logits_model(model)
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise BundleError(
             f"{MODEL_NAME} must be a Keras model with a layer {LOGITS_LAYER!r}. "
-            f"Received: {bundle.url}: {provenance.one_line(error)}"
+            f"Received: {url}: {provenance.one_line(error)}"
         ) from error
     return model

@@ -50,7 +50,9 @@ class ConversionRecord(Record):
 
 
 def convert(config: ConvertConfig) -> ConversionRecord:
-    """Make the OpenVINO files of a bundle. What else it holds stays as it is; its card, and so its id, changes.
+    """Make the OpenVINO files of a bundle, and put its temperature into its Keras model, which older ones lack.
+
+    What else it holds stays as it is; its card, and so its id, changes.
 
     Raises:
         UsageError: the dataset has no images in the splits `train` and `val`, or the output holds something else.
@@ -62,7 +64,8 @@ def convert(config: ConvertConfig) -> ConversionRecord:
     output = storage.absolute(config.output or config.model)
     storage.refuse_foreign_output(output, (bundle.CARD_NAME,))
     hardware.configure_tensorflow(num_threads=hardware.num_cores(), num_parallel=1, use_gpu=False)
-    ir = openvino_ir.float_ir(bundle.load_model(model), model.image_size)
+    network = bundle.load_model(model)
+    ir = openvino_ir.float_ir(network, model.image_size)
     irs: dict[bundle.Weights, openvino_ir.IR] = {"float": ir}
     int8 = None
     if config.data is not None:
@@ -72,6 +75,7 @@ def convert(config: ConvertConfig) -> ConversionRecord:
     made = {*bundle.ir_names("float").values(), *bundle.ir_names("int8").values()}
     kept = {name: path.read_bytes() for name, path in model.paths.items() if name not in made}
     card: dict[str, Any] = model.card | {"int8": None if int8 is None else int8.card}
+    kept[bundle.MODEL_NAME] = bundle.keras_file(network, model.temperature("float32"))
     model_id = bundle.write(output, card, kept | bundle.ir_files(irs))
     return ConversionRecord(
         command="convert",

@@ -100,6 +100,7 @@ class EvaluationRecord(Record):
     num_images: int
     class_counts: dict[str, int]
     accuracy: Estimate
+    balanced_accuracy: Metric
     roc_auc: Metric
     log_loss: Estimate
     brier_score: Estimate
@@ -142,6 +143,7 @@ class EvaluationRecord(Record):
         return [
             f"Evaluated {self.num_images:,} {self.split} images in {self.duration_s:,.1f} s.",
             f"  accuracy   {metrics.text(self.accuracy, percent=True)}",
+            f"  balanced   {metrics.text(self.balanced_accuracy, percent=True)}",
             f"  log loss   {metrics.text(self.log_loss)}",
             f"  ECE        {metrics.text(self.expected_calibration_error)}",
             f"  ROC AUC    {metrics.text(self.roc_auc)}",

@@ -1,8 +1,8 @@
 """Metrics of a classifier of cats and dogs, each with its 95 % confidence interval.
 
-Shapes: `B` images, `M` cats and `N` dogs among them; `K` calibration bins. `labels_B` holds the true class of each
-image as an index into `CLASS_NAMES` (0 = cat, 1 = dog), and `prob_dog_B` its probability of class 1. Both have the same
-order, and no metric depends on that order.
+Shapes: `B` images, `M` cats and `N` dogs among them; `C` = 2 classes; `K` calibration bins. `labels_B` holds the true
+class of each image as an index into `CLASS_NAMES` (0 = cat, 1 = dog), and `prob_dog_B` its probability of class 1. Both
+have the same order, and no metric depends on that order.
 
 The results are written into JSON files and read back, so their types are those that JSON has.
 """
@@ -79,6 +79,9 @@ class ClassificationMetrics(TypedDict):
     """Class name → number of images of that class."""
 
     accuracy: Estimate
+    balanced_accuracy: Metric
+    """Mean of the recalls of both classes. It does not depend on how many images each of them has."""
+
     roc_auc: Metric
     log_loss: Estimate
     """Mean negative natural logarithm of the probability of the true class."""
@@ -124,6 +127,7 @@ def classification_metrics(labels_B: npt.ArrayLike, prob_dog_B: npt.ArrayLike) -
         "num_images": len(labels_B),
         "class_counts": {name: int(count) for name, count in zip(CLASS_NAMES, matrix.sum(axis=1), strict=True)},
         "accuracy": share(int(np.trace(matrix)), len(labels_B)),
+        "balanced_accuracy": _balanced_accuracy(matrix),
         "roc_auc": roc_auc(labels_B, prob_dog_B),
         "log_loss": log_loss,
         "brier_score": brier_score,
@@ -255,6 +259,22 @@ def calibration_bins(prob_dog_B: npt.ArrayLike) -> IntArray:
     return np.searchsorted(edges, probs, side="right").astype(np.int64)
 
 
+def _balanced_accuracy(matrix: IntArray) -> Metric:
+    """The mean of both recalls, with the interval that follows from theirs.
+
+    It is that of Zou and Donner for the sum of two estimates (Statistics in Medicine 2008): the distances to the ends
+    of both intervals add up as the sides of a right angle do.
+    """
+    recalls = [_class_metrics(matrix, index)["recall"] for index in range(len(CLASS_NAMES))]
+    ends = [(each["value"], *each["ci95"]) for each in recalls if each["value"] is not None]
+    if len(ends) < len(CLASS_NAMES):
+        return _undefined("every image is of one class")
+    value_C, low_C, high_C = np.transpose(ends)
+    value = value_C.mean()
+    margins = [np.hypot(*(value_C - end_C)) / len(CLASS_NAMES) for end_C in (low_C, high_C)]
+    return _estimate(value, value - margins[0], value + margins[1])
+
+
 def _class_metrics(matrix: IntArray, index: int) -> ClassMetrics:
     """The metrics of the class with this index, from the confusion matrix."""
     hits = int(matrix[index, index])
@@ -280,18 +300,21 @@ def _f1(hits: int, num_true: int, num_predicted: int) -> Metric:
 
 
 def _bootstrapped(labels_B: IntArray, prob_dog_B: FloatArray) -> tuple[Estimate, Estimate, CalibrationError]:
-    """Log loss, Brier score and calibration error, with intervals from a bootstrap within each class."""
+    """Log loss, Brier score and calibration error, with intervals from a bootstrap.
+
+    The images are drawn regardless of their class, so that the number of cats among them varies as it would among other
+    images. Drawn within each class, a class of one image would always be the same image, and its interval too narrow.
+    """
     order_B = np.lexsort((labels_B, prob_dog_B))  # so that the samples do not depend on the order of the images
     labels_B, prob_dog_B = labels_B[order_B], prob_dog_B[order_B]
     losses_B = _log_losses(labels_B, prob_dog_B)
     squares_B = np.square(prob_dog_B - labels_B)
     bins_B = calibration_bins(prob_dog_B)
-    strata = [np.flatnonzero(labels_B == index) for index in range(len(CLASS_NAMES))]
 
     rng = np.random.default_rng(_BOOTSTRAP_SEED)
     samples = np.empty((NUM_BOOTSTRAP_SAMPLES, 3))
     for row in samples:
-        sample_B = np.concatenate([members[rng.integers(0, len(members), len(members))] for members in strata])
+        sample_B = rng.integers(0, len(labels_B), len(labels_B))
         row[0] = losses_B[sample_B].mean()
         row[1] = squares_B[sample_B].mean()
         row[2] = _squared_calibration_errors(bins_B[sample_B], labels_B[sample_B], prob_dog_B[sample_B])[1]

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from dataset_case import row_of, write_splits
 from inference_case import encoded_drawings, save_model
 
-from catdog import bundle, conversion, quantization
+from catdog import architectures, bundle, calibration, conversion, quantization
 from catdog.cli import main
 from catdog.config import ConvertConfig, EvaluateConfig
 from catdog.conversion import ConversionRecord
@@ -74,7 +75,7 @@ FLOAT, INT8 = ({*bundle.ir_names("float").values()}, {*bundle.ir_names("int8").v
 def test_an_accepted_int8_model_labels(old: Path, data: str, judgement: Any, tmp_path: Path) -> None:
     judgement(accept=True)
     before = bundle.load(str(old))
-    keras_file = (old / bundle.MODEL_NAME).read_bytes()
+    network = bundle.load_model(before)
     assert load_engine(before).name == "tensorflow"
     record = convert(old, data=data)
     after = bundle.load(str(old))
@@ -82,7 +83,11 @@ def test_an_accepted_int8_model_labels(old: Path, data: str, judgement: Any, tmp
     assert record.model_id == after.model_id
     assert len({before.model_id, after.model_id}) == 2
     assert files(old) == {bundle.CARD_NAME, bundle.MODEL_NAME} | FLOAT | INT8
-    assert (old / bundle.MODEL_NAME).read_bytes() == keras_file
+    pictures_BHWC = bundle.golden_images(before.image_size).astype("float32")
+    logits_B = np.asarray(architectures.logits_model(network)(pictures_BHWC))[:, 0]
+    prob_dog_B = np.asarray(bundle.load_model(after)(pictures_BHWC))[:, 0]
+    expected_B = calibration.probabilities(logits_B, before.temperature("float32"))
+    np.testing.assert_allclose(prob_dog_B, expected_B, rtol=1e-5)
     assert after.card["golden_logits"] == before.card["golden_logits"]
     assert after.int8 is not None
     assert record.int8 is not None

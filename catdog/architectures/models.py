@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, Final
 from catdog.architectures import fast_layers
 from catdog.architectures.backbones import BACKBONE_LAYER
 from catdog.architectures.registry import architecture
+from catdog.errors import UsageError
 
 if TYPE_CHECKING:
     import keras
 
 LOGITS_LAYER: Final = "logits"
+TEMPERATURE_LAYER: Final = "temperature"
 PROBABILITY_LAYER: Final = "prob_dog"
 
 
@@ -64,6 +66,36 @@ def exported(model: keras.Model, name: str) -> keras.Model:
     mean = keras.layers.Average(dtype="float32", name=LOGITS_LAYER)(both)
     probabilities = keras.layers.Activation("sigmoid", dtype="float32", name=PROBABILITY_LAYER)(mean)
     return keras.Model(pixels, probabilities, name=name)
+
+
+def calibrated(model: keras.Model, temperature: float) -> keras.Model:
+    """A model that `exported` made, whose probabilities are those of its logits divided by `temperature`.
+
+    So it gives, in plain Keras, the probabilities that catdog gives. It shares its weights with `model`.
+    """
+    import keras
+
+    logits = model.get_layer(LOGITS_LAYER).output
+    scaled = keras.layers.Rescaling(1 / temperature, dtype="float32", name=TEMPERATURE_LAYER)(logits)
+    probabilities = keras.layers.Activation("sigmoid", dtype="float32", name=PROBABILITY_LAYER)(scaled)
+    return keras.Model(model.input, probabilities, name=model.name)
+
+
+def load_trained(model: keras.Model, trained: keras.Model) -> None:
+    """Give a model that `build_model` made the weights of one of the same architecture that `exported` made.
+
+    Raises:
+        UsageError: the weights do not fit.
+    """
+    weights = (mirrored_network(trained) or trained).get_weights()
+    shapes = [tuple(weight.shape) for weight in model.weights]
+    found = [tuple(weight.shape) for weight in weights]
+    if found != shapes:
+        raise UsageError(
+            f"the model to start from must have the weights of {model.name}: {len(shapes)} arrays. "
+            f"Received: {len(found)} arrays, of which {sum(a == b for a, b in zip(found, shapes, strict=False))} fit"
+        )
+    model.set_weights(weights)
 
 
 def mirrored_network(model: keras.Model) -> keras.Model | None:

@@ -193,12 +193,13 @@ def _add_flag(
     description = description.replace("%", "%%")
     if kind is bool:
         names = [name, name.replace("--", "--no-", 1)] if default else [name]
-        return parser.add_argument(*names, action=_Once, nargs=0, help=description)
+        return parser.add_argument(*names, dest=field.name, action=_Once, nargs=0, help=description)
     if takes_many:
         kind, _ = typing.get_args(kind)
     choices = ",".join(typing.get_args(kind))
     return parser.add_argument(
         name,
+        dest=field.name,
         action="extend" if takes_many else _Once,
         nargs="+" if takes_many else None,
         type=functools.partial(_convert, name, kind),

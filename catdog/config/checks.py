@@ -10,7 +10,7 @@ def flag(field: str) -> str:
         >>> flag("batch_size")
         '--batch-size'
     """
-    return "--" + field.replace("_", "-")
+    return "--" + field.rstrip("_").replace("_", "-")
 
 
 def require(condition: bool, rule: str, received: object) -> None:

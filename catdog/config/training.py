@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from catdog.config import checks
 from catdog.config.choices import Precision
@@ -17,14 +18,19 @@ class TrainConfig:
     output: str
     """Directory to write the model bundle to. The same command again goes on with a training that was interrupted."""
 
-    arch: str = "resnet"
-    """Network to train. From scratch: cnn (the classic Conv2D/MaxPooling/Flatten/Dense), resnet (a small residual
-    network). From weights that are pretrained on ImageNet: efficientnet_lite0, efficientnet_lite1, efficientnet_lite2,
-    mobilenetv2, efficientnetv2b0, resnet50, convnext_tiny, vgg16."""
+    arch: str | None = None
+    """Network to train; the default is resnet, or with --from the network of that model. From scratch: cnn (the classic
+    Conv2D/MaxPooling/Flatten/Dense), resnet (a small residual network). From weights that are pretrained on ImageNet:
+    efficientnet_lite0, efficientnet_lite1, efficientnet_lite2, mobilenetv2, efficientnetv2b0, resnet50, convnext_tiny,
+    vgg16."""
 
     weights: str | None = None
     """Weights to start from: none (random), imagenet, or the path or URL of a weights file. The default is imagenet for
     a network that has pretrained weights, else none."""
+
+    from_: str | None = None
+    """Model bundle to start from, in the place of --weights: one that `catdog train` wrote, of the same network. The
+    training is a new one, of --epochs epochs, and needs an --output of its own."""
 
     epochs: int | None = None
     """Number of passes over the training images. The default is the network's own."""
@@ -34,7 +40,7 @@ class TrainConfig:
     is the network's own."""
 
     batch_size: int | None = None
-    """Images per training step, over all workers together. The default is the network's own."""
+    """Images per training step, over all workers together. The default is the network's own, or less for few images."""
 
     image_size: int | None = None
     """Pixels per side that the model sees of each image. The default is the network's own."""
@@ -48,6 +54,15 @@ class TrainConfig:
 
     shuffle: bool = True
     """Visit the training images in a new random order in every epoch."""
+
+    class_weights: Literal["none", "auto"] = "none"
+    """auto gives the rarer class more weight, as if there were as many cats as dogs. The probabilities then are those
+    of such a collection, too."""
+
+    early_stopping: int | None = None
+    """Stop when the validation loss has not fallen for so many epochs, and keep the model of the epoch in which it was
+    lowest. The figures on the validation split are then too good: measure on the test split. The default is to train
+    all epochs."""
 
     review_precision: float = 0.995
     """Share of right labels that you want among images that nobody looks at. It sets the confidence below which an
@@ -84,9 +99,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Validate."""
-        checks.is_url(self, "data", "output", "arch", "weights")
+        checks.is_url(self, "data", "output", "arch", "weights", "from_")
         checks.at_least(
-            self, 1, "epochs", "batch_size", "num_workers", "min_workers", "cpus_per_worker", "checkpoint_steps"
+            self,
+            1,
+            "epochs",
+            "early_stopping",
+            "batch_size",
+            "num_workers",
+            "min_workers",
+            "cpus_per_worker",
+            "checkpoint_steps",
         )
         checks.at_least(self, 32, "image_size")
         checks.at_least(self, 0, "head_epochs", "max_failures", "seed")

@@ -51,7 +51,8 @@ class Checkpoint:
     """The number format that the training computes in; None if a version of catdog saved it that did not say."""
 
     arrays: dict[str, list[npt.NDArray[Any]]]
-    """Variables of the model, of the optimizer, and of the running average."""
+    """Variables of the model, of the optimizer, and of the running average; with early stopping also the `best` running
+    average."""
 
 
 def save(output: str, checkpoint: Checkpoint) -> None:

@@ -13,7 +13,9 @@ import ray
 import ray.train
 
 from catdog import architectures, bundle, provenance, ray_internals, scratch, storage
+from catdog.dataset.reading import DatasetInfo
 from catdog.errors import CatdogError, StorageError, TrainingError
+from catdog.schema import CLASS_NAMES
 from catdog.training import checkpoint, decoding, progress
 from catdog.training.loop import Briefing, train_loop
 from catdog.training.observers import ObserverFactory
@@ -51,7 +53,7 @@ def run(request: Request, *, in_memory: bool | None, observers: Sequence[Observe
     """
     config, info = request.config, request.info
     check_resources(config)
-    if config.weights == "none" and architectures.architecture(config.arch).has_backbone:
+    if config.weights == "none" and config.from_ is None and architectures.architecture(config.arch).has_backbone:
         logger.warning("%s is made to be fine-tuned: from random weights it learns badly", config.arch)
     train, val = decoding.sources(info, config.image_size, in_memory=in_memory)
     tally = progress.Tally()
@@ -61,10 +63,12 @@ def run(request: Request, *, in_memory: bool | None, observers: Sequence[Observe
             steps_per_epoch=info.num_images("train") // config.batch_size,
             train=train,
             val=val,
+            class_weights=_class_weights(config, info),
             claim_url=request.claim.url,
             weights=None if request.weights is None else ray.put(request.weights),
             card={
                 "data_digest": info.digest,
+                "parent_model_id": config.from_id,
                 "pretrained_weights": architectures.weights_source(config.arch, config.weights),
                 "versions": provenance.versions(),
             },
@@ -73,6 +77,15 @@ def run(request: Request, *, in_memory: bool | None, observers: Sequence[Observe
         )
         _run_until_done(briefing, bookkeeping)
     return tally.num_repeated_steps
+
+
+def _class_weights(config: ResolvedTrainConfig, info: DatasetInfo) -> tuple[float, float]:
+    """The weight of an image of each class in the loss. Their mean over the training images is 1."""
+    if config.class_weights == "none":
+        return 1.0, 1.0
+    num_cats, num_dogs = (info.counts["train"][name] for name in CLASS_NAMES)
+    total = num_cats + num_dogs
+    return total / (2 * num_cats), total / (2 * num_dogs)
 
 
 def _run_until_done(briefing: Briefing, bookkeeping: str) -> None:

@@ -14,6 +14,11 @@ HistoryRow = dict[str, float]
 """What is known of an epoch: `epoch`, from 1, losses, accuracies, the learning rate, and where the seconds went."""
 
 
+def best_row(history: Sequence[HistoryRow]) -> HistoryRow:
+    """The row of the epoch with the lowest validation loss; of several the first."""
+    return min(history, key=lambda row: row["val_loss"])
+
+
 def history_files(history: Sequence[HistoryRow]) -> dict[str, bytes]:
     """The files that show a history: name → content. The same history always gives the same bytes."""
     from catdog import report

@@ -15,18 +15,18 @@ import numpy as np
 import ray
 import ray.train
 
-from catdog import architectures, hardware, storage
+from catdog import architectures, bundle, hardware, storage
 from catdog.errors import TrainingError, UsageError
 from catdog.provenance import redact
 from catdog.training import checkpoint, schedule
 from catdog.training.checkpoint import Checkpoint
 from catdog.training.decoding import Source
 from catdog.training.feed import Feed, Share
-from catdog.training.history import HistoryRow
+from catdog.training.history import HistoryRow, best_row
 from catdog.training.observers import Observer, ObserverFactory, Observers, Tick, WorkerInfo
 from catdog.training.request import ResolvedTrainConfig
 from catdog.training.result import Validation, save_bundle
-from catdog.training.step import Learner, resolve_precision
+from catdog.training.step import Arrays, Learner, resolve_precision
 
 TICK_INTERVAL_S: Final = 10.0
 """Between two ticks of a worker within an epoch."""
@@ -43,11 +43,14 @@ class Briefing:
     steps_per_epoch: int
     train: Source
     val: Source
+    class_weights: tuple[float, float]
+    """The weight of an image of each class in the loss."""
+
     claim_url: str
     """The file that is there as long as the driver holds the output."""
 
     weights: ray.ObjectRef[Any] | None
-    """The file of the backbone's pretrained weights."""
+    """The file of the backbone's pretrained weights, or the Keras file of the model to start from."""
 
     card: dict[str, Any]
     """What the bundle's card says of data and versions."""
@@ -77,7 +80,13 @@ def train_loop(settings: dict[str, Any]) -> None:
             _check_output(config.output)
             latest = checkpoint.load_latest(config.output)
         share = Share(rank=rank, num_workers=num_workers, batch_size=config.batch_size)
-        learner = Learner(config, share, steps_per_epoch=briefing.steps_per_epoch, precision=_precision(config, latest))
+        learner = Learner(
+            config,
+            share,
+            steps_per_epoch=briefing.steps_per_epoch,
+            precision=_precision(config, latest),
+            class_weights=briefing.class_weights,
+        )
         this_worker = _Worker(briefing, share, learner, observers, latest)
         del latest  # it takes as much memory as the model and its optimizer; the worker drops it, too
         # What one worker raises ends them all: Ray Train does not leave the others to wait for it in a collective.
@@ -127,6 +136,9 @@ class _Worker:
         self._history: list[HistoryRow] = []
         self._sums = dict.fromkeys(EPOCH_SUMS, 0.0)
         self._validation: Validation | None = None
+        self._best: Arrays | None = None
+        """The averaged model of the best epoch, with `--early-stopping`."""
+
         self._ticked_at = time.monotonic()
 
     def run(self) -> None:
@@ -134,14 +146,18 @@ class _Worker:
         step = self._restore()
         self._observers.started(step)
         for epoch in range(step // self._briefing.steps_per_epoch, self._config.epochs):
+            if self._is_stopped():
+                break
             self._train_epoch(epoch, first_step=step % self._briefing.steps_per_epoch)
             step = (epoch + 1) * self._briefing.steps_per_epoch
             row = self._finish_epoch(epoch)
+            if self._config.early_stopping is not None and row is best_row(self._history):
+                self._best = self._learner.state()["average"]
             self._save_checkpoint(step, self._sums)
             self._observers.epoch_done(self._history)
             self._ticked_at = time.monotonic()
             ray.train.report(row)
-        validation = self._validation or self._validate()
+        validation = self._final_validation()
         self._observers.finishing()
         if self._is_chief:
             checkpoint.check_claim(self._briefing.claim_url)
@@ -152,12 +168,28 @@ class _Worker:
             )
         ray.train.report({"epochs_done": len(self._history)})
 
+    def _is_stopped(self) -> bool:
+        """Whether the validation loss has not fallen for as many epochs as `--early-stopping` says."""
+        patience, history = self._config.early_stopping, self._history
+        return patience is not None and bool(history) and len(history) - best_row(history)["epoch"] >= patience
+
+    def _final_validation(self) -> Validation:
+        """The validation of the model that is saved: that of the last epoch, or of the best one."""
+        if self._best is not None and self._history[-1] is not best_row(self._history):
+            self._learner.load_state({**self._learner.state(), "average": self._best})
+            return self._validate()
+        return self._validation or self._validate()
+
     def _restore(self) -> int:
-        """Take over the checkpoint that the chief found, or else the pretrained weights. Returns the steps done."""
+        """Take over the checkpoint that the chief found, or else what to start from. Returns the steps done."""
         learner, output = self._learner, self._config.output
         latest, self._latest = self._latest, None
         if latest is None and self._is_chief and self._briefing.weights is not None:
-            architectures.load_weights(learner.model, self._config.arch, ray.get(self._briefing.weights))
+            weights, parent = ray.get(self._briefing.weights), self._config.from_
+            if parent is None:
+                architectures.load_weights(learner.model, self._config.arch, weights)
+            else:
+                architectures.load_trained(learner.model, bundle.model_of(weights, redact(parent)))
             learner.reset_average()
             latest = self._checkpoint(0, self._sums, learner.state())
             self._publish(latest)
@@ -168,6 +200,7 @@ class _Worker:
             return 0
         latest = latest or checkpoint.load(output, step)
         learner.load_state(latest.arrays)
+        self._best = latest.arrays.get("best")
         self._history = latest.history
         self._sums = {name: value / self._share.num_workers for name, value in latest.sums.items()}
         return step
@@ -252,7 +285,7 @@ class _Worker:
     def _check_finite(self, epoch: int, loss: float) -> None:
         if not math.isfinite(loss):
             raise TrainingError(
-                "the loss must stay finite; a lower --learning-rate may help. The last good checkpoint is kept. "
+                "the loss must stay finite; a lower --learning-rate may help, in another --output. "
                 f"Received: loss={loss} in epoch {epoch + 1}"
             )
 
@@ -276,6 +309,8 @@ class _Worker:
             self._sums["checkpoint_s"] += (time.monotonic() - started) * self._share.num_workers
 
     def _checkpoint(self, step: int, sums: dict[str, float], arrays: dict[str, Any]) -> Checkpoint:
+        if self._best is not None:
+            arrays = {**arrays, "best": self._best}
         return Checkpoint(step=step, history=self._history, sums=sums, precision=self._learner.precision, arrays=arrays)
 
     def _publish(self, state: Checkpoint) -> None:

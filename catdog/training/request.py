@@ -27,8 +27,16 @@ _NOT_THE_RESULT: Final = (
     "checkpoint_steps",
     "max_failures",
     "ray_address",
+    "from_",
 )
 """Fields that may differ when a training is resumed: they say where and how fast it computes."""
+
+
+_SINCE: Final = {"class_weights": "none", "early_stopping": None, "from_id": None}
+"""Fields that older versions did not have, and what they did. So a training that one of them began can be resumed."""
+
+_MIN_STEPS: Final = 4
+"""Least number of steps of an epoch for which a recipe's batch size is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,42 +44,87 @@ class ResolvedTrainConfig(TrainConfig):
     """A training's configuration with no field left to the architecture's recipe."""
 
     # `field()` takes away the default that the field has in `TrainConfig`.
+    arch: str = field()
     weights: str = field()
     epochs: int = field()
     head_epochs: int = field()
     batch_size: int = field()
     image_size: int = field()
     learning_rate: float = field()
+    from_id: str | None = None
+    """The id of the model to start from."""
 
 
-def resolve(config: TrainConfig) -> ResolvedTrainConfig:
-    """Fill the fields that are left to the architecture's recipe, and check the result.
+def resolve(config: TrainConfig, num_images: int | None = None) -> ResolvedTrainConfig:
+    """Fill the fields that are left to the architecture's recipe, or to the model to start from, and check the result.
+
+    Args:
+        config: what was asked for.
+        num_images: number of training images. If they are few, so is a batch of them.
 
     Raises:
         UsageError: an unknown architecture, or values that do not go together.
+        BundleError: there is no model to start from.
     """
-    architecture = architectures.architecture(config.arch)
+    if config.weights is not None and config.from_ is not None:
+        raise UsageError(
+            "--weights and --from must not come together. "
+            f"Received: --weights={redact(config.weights)} --from={redact(config.from_)}"
+        )
+    parent, parent_id = (None, None) if config.from_ is None else bundle.read_card(config.from_)
+    arch = _arch(config, parent)
+    architecture = architectures.architecture(arch)
     recipe = architecture.recipe
-    weights = config.weights or ("imagenet" if architecture.has_backbone else "none")
-    if config.head_epochs and weights == "none":
+    weights = config.weights or ("imagenet" if architecture.has_backbone and parent is None else "none")
+    if config.head_epochs and weights == "none" and parent is None:
         raise UsageError(f"--head-epochs needs pretrained --weights. Received: --head-epochs={config.head_epochs}")
     epochs = recipe.epochs if config.epochs is None else config.epochs
-    defaults = {
+    defaults: dict[str, Any] = {
         "epochs": epochs,
         "head_epochs": 0 if weights == "none" else min(recipe.head_epochs, epochs),
-        "batch_size": recipe.batch_size,
-        "image_size": recipe.image_size,
+        "batch_size": max(config.num_workers, _batch_size(recipe.batch_size, num_images)),
+        "image_size": recipe.image_size if parent is None else parent["image_size"],
         "learning_rate": recipe.learning_rate,
     }
     chosen: dict[str, Any] = {name: value for name, value in vars(config).items() if value is not None}
     chosen["weights"] = weights if weights in ("none", "imagenet") else storage.absolute(weights)
+    chosen |= {"arch": arch, "from_id": parent_id}
     resolved = ResolvedTrainConfig(**(defaults | chosen))
     if resolved.image_size < architecture.min_image_size:
         raise UsageError(
-            f"--image-size must be at least {architecture.min_image_size} for --arch {config.arch}. "
+            f"--image-size must be at least {architecture.min_image_size} for --arch {arch}. "
+            f"Received: --image-size={resolved.image_size}"
+        )
+    if parent is not None and architecture.fixed_size and resolved.image_size != parent["image_size"]:
+        raise UsageError(
+            f"--image-size must be that of the model to start from, {parent['image_size']}, for --arch {arch}. "
             f"Received: --image-size={resolved.image_size}"
         )
     return resolved
+
+
+def _arch(config: TrainConfig, parent: dict[str, Any] | None) -> str:
+    """The name of the architecture: the one asked for, that of the model to start from, or else `resnet`.
+
+    Raises:
+        UsageError: the two differ, or nothing says which architecture the model is.
+    """
+    if parent is None:
+        return config.arch or "resnet"
+    arch = parent.get("arch")
+    if not isinstance(arch, str) or config.arch not in (None, arch):
+        raise UsageError(
+            "--from must be a model of the network that is to be trained, as its card says. "
+            f"Received: --from={redact(config.from_ or '')} with {arch}, and --arch={config.arch}"
+        )
+    return arch
+
+
+def _batch_size(usual: int, num_images: int | None) -> int:
+    """The recipe's batch size, halved until an epoch has at least `_MIN_STEPS` steps."""
+    while num_images is not None and usual > 1 and usual * _MIN_STEPS > num_images:
+        usual //= 2
+    return usual
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +140,7 @@ class Request:
     """Of the output."""
 
     weights: bytes | None
-    """The file of the backbone's pretrained weights."""
+    """The file of the backbone's pretrained weights, or the Keras file of the model to start from."""
 
     is_resumed: bool
     """Whether the output held this very training before, finished or not."""
@@ -129,11 +182,10 @@ def accepted(config: TrainConfig) -> Iterator[Request]:
         OutputRefusedError: the output holds something else.
         OutputClaimedError: another run is at work there.
     """
-    resolved = resolve(
-        dataclasses.replace(config, data=storage.absolute(config.data), output=storage.absolute(config.output))
-    )
-    output = resolved.output
-    info = reading.load_info(resolved.data)
+    data, output = storage.absolute(config.data), storage.absolute(config.output)
+    parent = None if config.from_ is None else storage.absolute(config.from_)
+    info = reading.load_info(data)
+    resolved = resolve(dataclasses.replace(config, data=data, output=output, from_=parent), info.num_images("train"))
     _check_data(resolved, info)
     _refuse_foreign(output)
     published = provenance.configuration(resolved)
@@ -141,7 +193,7 @@ def accepted(config: TrainConfig) -> Iterator[Request]:
     with storage.claimed(output, "train") as claim:
         is_done = storage.exists(storage.join(output, bundle.CARD_NAME))
         is_resumed = _is_resumed(output, record, is_done=is_done)
-        weights = None if is_done else architectures.fetch_weights(resolved.arch, resolved.weights)
+        weights = None if is_done else _fetch_weights(resolved)
         if not is_resumed:
             storage.publish_json(storage.join(output, checkpoint.CONFIG_NAME), record)
         yield Request(
@@ -153,6 +205,21 @@ def accepted(config: TrainConfig) -> Iterator[Request]:
             is_resumed=is_resumed,
             is_done=is_done,
         )
+
+
+def _fetch_weights(config: ResolvedTrainConfig) -> bytes | None:
+    """What the network starts from; None for random weights.
+
+    Raises:
+        UsageError: there are no such weights.
+        BundleError: the model to start from is damaged, or has changed by now.
+    """
+    if config.from_ is None:
+        return architectures.fetch_weights(config.arch, config.weights)
+    parent = bundle.load(config.from_)
+    if parent.model_id != config.from_id:
+        raise BundleError(f"--from must not change. Received: {redact(config.from_)} with another {bundle.CARD_NAME}")
+    return parent.paths[bundle.MODEL_NAME].read_bytes()
 
 
 def _check_data(config: ResolvedTrainConfig, info: reading.DatasetInfo) -> None:
@@ -173,7 +240,11 @@ def fingerprint(published: dict[str, Any], data_digest: str | None) -> str:
 
     A signature in the weights' URL has no part in it, so that a training can be resumed with another one.
     """
-    fields = {name: value for name, value in published.items() if name not in (*_NOT_THE_RESULT, "data")}
+    fields = {
+        name: value
+        for name, value in published.items()
+        if name not in (*_NOT_THE_RESULT, "data") and not (name in _SINCE and value == _SINCE[name])
+    }
     encoded = json.dumps({"config": fields, "data": data_digest}, sort_keys=True)
     return hashlib.sha256(encoded.encode()).hexdigest()
 
@@ -193,7 +264,8 @@ def _is_resumed(output: str, record: dict[str, Any], *, is_done: bool) -> bool:
         return True
     if is_done or checkpoint.latest_step(output) >= 0:
         raise OutputRefusedError(
-            "--output must be empty, or hold a training with the same configuration and data. "
+            "--output must be empty, or hold a training with the same configuration and data; to train on from a "
+            "model, give it as --from, and another --output. "
             f"Received: {record['config']['output']} with {_difference(found['config'], record['config'])}"
         )
     return False

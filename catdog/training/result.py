@@ -15,7 +15,7 @@ import numpy.typing as npt
 from catdog import architectures, bundle, calibration, metrics, openvino_ir, provenance, quantization, report
 from catdog.openvino_ir import IR
 from catdog.training.feed import Feed
-from catdog.training.history import HistoryRow, history_files
+from catdog.training.history import HistoryRow, best_row, history_files
 from catdog.training.request import ResolvedTrainConfig
 from catdog.training.step import Learner
 
@@ -24,7 +24,7 @@ RELIABILITY_NAME: Final = "reliability.png"
 STAGES: Final = ("input_s", "compute_s", "checkpoint_s", "validation_s")
 """What the seconds of a training go to."""
 
-_ELSEWHERE: Final = ("data", "output", "ray_address")
+_ELSEWHERE: Final = ("data", "output", "ray_address", "from_")
 """Fields that say where a model was made, not what it is: a card travels, and holds the data's digest."""
 
 
@@ -66,7 +66,7 @@ def save_bundle(
         train_feed: the whole training split.
         val_feed: the whole validation split.
     """
-    last = history[-1]
+    saved = history[-1] if config.early_stopping is None else best_row(history)
     labels_N, logits_N = validation.labels_N, validation.logits_N
     calibrated = calibration.fit(labels_N, logits_N, review_precision=config.review_precision)
     prob_dog_N = calibration.cross_fitted(labels_N, logits_N)
@@ -84,10 +84,11 @@ def save_bundle(
         "image_size": config.image_size,
         "temperature": calibrated.temperature,
         "review_threshold": calibrated.review_threshold,
-        "metrics": {name: last[name] for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy")},
+        "metrics": {name: saved[name] for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy")},
         "validation": metrics.classification_metrics(labels_N, prob_dog_N),
         "calibration": calibrated.report,
         "epochs_trained": len(history),
+        "best_epoch": None if config.early_stopping is None else int(saved["epoch"]),
         "training_seconds": round(sum(row["seconds"] for row in history), 1),
         "durations_s": {name: round(sum(row[name] for row in history), 1) for name in STAGES},
         "precision": learner.precision,

@@ -42,7 +42,15 @@ class Learner:
     Every worker of the group calls the same methods in the same order, except for `logits`, which is local.
     """
 
-    def __init__(self, config: ResolvedTrainConfig, share: Share, *, steps_per_epoch: int, precision: str) -> None:
+    def __init__(
+        self,
+        config: ResolvedTrainConfig,
+        share: Share,
+        *,
+        steps_per_epoch: int,
+        precision: str,
+        class_weights: tuple[float, float] = (1.0, 1.0),
+    ) -> None:
         """Build the model and the optimizer, the same on every worker.
 
         Args:
@@ -50,12 +58,14 @@ class Learner:
             share: this worker's share of a batch.
             steps_per_epoch: optimizer steps per epoch; the learning rate's schedule spans all epochs.
             precision: one of `PRECISIONS`. The first worker's holds for the whole group.
+            class_weights: the weight of an image of each class in the loss.
         """
         import keras
         import tensorflow as tf
 
         self._config = config
         self._share = share
+        self._class_weights = class_weights
         self._recipe = architectures.architecture(config.arch).recipe
         image_size = config.image_size
         keras.utils.set_random_seed(config.seed)
@@ -231,11 +241,17 @@ class Learner:
         with tf.GradientTape() as tape:
             logits_B = self._logits_model(inputs, training=True)[:, 0]
             losses_B = tf.nn.sigmoid_cross_entropy_with_logits(labels=targets_B, logits=logits_B)
+            losses_B *= self._weights(targets_B)
             loss = self.optimizer.scale_loss(tf.reduce_sum(losses_B) / self._share.batch_size)
         gradients = tape.gradient(loss, weights)
         self.optimizer.apply(self._summed(gradients, weights), weights)
         self._follow()
         return tf.stack([tf.reduce_sum(losses_B), _num_correct(logits_B, labels_B)])
+
+    def _weights(self, targets_B: tf.Tensor) -> tf.Tensor | float:
+        """The weight of each image in the loss. An image that is mixed of both classes has a part of both weights."""
+        of_cats, of_dogs = self._class_weights
+        return 1.0 if of_cats == of_dogs == 1 else of_cats + (of_dogs - of_cats) * targets_B
 
     def _summed(self, gradients: list[tf.Tensor], weights: list[Any]) -> list[tf.Tensor]:
         """The gradients, summed over all workers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +46,13 @@ class TrainRecord(Record):
     """How long this run of the command took."""
 
     metrics: dict[str, float]
-    """Loss and accuracy of the last epoch, in training and validation."""
+    """Loss and accuracy of the saved model's epoch, in training and validation."""
+
+    recall: dict[str, float | None]
+    """Class → share of its validation images that the model knows; None if there are none."""
+
+    best_epoch: int | None
+    """The epoch of the saved model, where `--early-stopping` chose it by its validation loss."""
 
     calibration: CalibrationReport
     epochs_trained: int
@@ -65,16 +72,25 @@ class TrainRecord(Record):
     """Steps that this run of the command did again, since workers died or their number changed after a checkpoint."""
 
     def summary(self) -> list[str]:
-        """The last epoch's figures, what calibration changed, and where the time went."""
+        """The saved epoch's figures, what calibration changed, and where the time went."""
         last = self.metrics
         errors = self.calibration["expected_calibration_error"]
         total = max(sum(self.durations_s[name] for name in _STAGES), 1e-9)
         shares = ", ".join(f"{percent(self.durations_s[name] / total)} {text}" for name, text in _STAGES.items())
+        known = {name: share for name, share in self.recall.items() if share is not None}
+        recalls = ", ".join(f"{name}s {percent(share)}" for name, share in known.items())
+        chosen = []
+        if self.best_epoch is not None:
+            chosen = [
+                f"  stopping    epoch {self.best_epoch} was the best; its validation figures are too good for that"
+            ]
         return [
             f"Trained {self.arch} for {self.epochs_trained} epochs in {self.training_seconds:,.0f} s "
             f"({self.precision}).",
             f"  training    accuracy {percent(last['train_accuracy'])}, loss {last['train_loss']:.4f}",
             f"  validation  accuracy {percent(last['val_accuracy'])}, loss {last['val_loss']:.4f}",
+            f"  recall      {recalls}; balanced accuracy {percent(statistics.mean(known.values()))}",
+            *chosen,
             f"  calibration temperature {self.calibration['temperature']:.2f}: "
             f"ECE {errors['before']['value']:.4f}, cross-fitted {errors['after']['value']:.4f}",
             f"  time        {shares}",
@@ -120,6 +136,8 @@ def train(
         resumed=request.is_resumed,
         wall_seconds=round(time.monotonic() - started, 1),
         metrics=card["metrics"],
+        recall={name: each["recall"]["value"] for name, each in card["validation"]["per_class"].items()},
+        best_epoch=card.get("best_epoch"),
         calibration=card["calibration"],
         epochs_trained=card["epochs_trained"],
         training_seconds=card["training_seconds"],
