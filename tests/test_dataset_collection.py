@@ -228,9 +228,7 @@ def test_a_split_that_the_folders_name_is_kept(tmp_path: Path, caplog: pytest.Lo
     root = photos(tmp_path / "test" / "pets", *NAMES, "cats/6.jpg")
     with caplog.at_level(logging.INFO):
         assert given(root) == ({"train": 2, "val": 2, "test": 1}, {"3.jpg": "val", "4.jpg": "val", "5.jpg": "test"})
-    assert (
-        "The folders decide the split: 2 train, 2 val, 1 test. 1 other files count as train" in caplog.text
-    )
+    assert "The folders decide the split: 2 train, 2 val, 1 test. 1 other files count as train" in caplog.text
     assert given(root, "random") == ({}, {})
     assert given(root, "keep") == given(root)
     assert given(root / "validation") == given(root / "cats/..//train") == ({}, {})
