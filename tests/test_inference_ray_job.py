@@ -43,9 +43,9 @@ def ray_of_this_module() -> Iterator[None]:
 
 
 NUM_WORKERS = 8
-NUM_SLICES = 80
-SLICE_S = 0.2
-SLOW_SLICE_S = 30 * SLICE_S
+NUM_SLICES = 64
+SLICE_S = 0.5
+SLOW_SLICE_S = 20 * SLICE_S
 
 
 class SimulatedLabeller:

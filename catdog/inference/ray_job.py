@@ -20,6 +20,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -87,7 +88,7 @@ def run(job: Job, slices: Iterable[Slice], num_workers: int | None, num_cpus: in
         return
     most_actors = min(num_workers or math.inf, len(first) if len(first) < room else math.inf)
     handout = Handout()
-    desk = ray.remote(_Desk).options(num_cpus=0, label_selector=_this_node()).remote()
+    desk = _start_desk()
     feeder = _Feeder(itertools.chain(first, remaining), handout, desk, num_cpus)
     feeder.start()
     try:
@@ -163,34 +164,39 @@ def _room(num_cpus: int) -> int:
     return 2 * _MAX_IN_FLIGHT * num_actors + _WAITING
 
 
-class _Desk:
-    """An actor in which the slices lie until the job takes them, and where workers say that they begin one."""
+def _start_desk() -> Any:
+    """An actor on the node of the driver. It is sent its class whole, and so starts without importing catdog."""
 
-    def __init__(self) -> None:
-        self._slices: list[dict[str, Any] | None] = []
-        self._has_slices = asyncio.Event()
-        self._begun: list[tuple[int, str, float]] = []
+    class Desk:
+        """Here the slices lie until the job takes them, and here workers say that they begin one."""
 
-    async def put(self, slices: Sequence[dict[str, Any] | None]) -> None:
-        """Lay down slices; None is the end."""
-        self._slices += slices
-        self._has_slices.set()
+        def __init__(self) -> None:
+            self._slices: list[dict[str, Any] | None] = []
+            self._has_slices = asyncio.Event()
+            self._begun: list[tuple[int, str, float]] = []
 
-    async def take(self) -> Sequence[dict[str, Any] | None]:
-        """Take all slices that are there, as soon as there are any."""
-        await self._has_slices.wait()
-        taken, self._slices = self._slices, []
-        self._has_slices.clear()
-        return taken
+        async def put(self, slices: Sequence[dict[str, Any] | None]) -> None:
+            """Lay down slices; None is the end."""
+            self._slices += slices
+            self._has_slices.set()
 
-    async def begin(self, number: int, worker: str) -> None:
-        """Note that a worker begins a slice."""
-        self._begun.append((number, worker, time.monotonic()))
+        async def take(self) -> Sequence[dict[str, Any] | None]:
+            """Take all slices that are there, as soon as there are any."""
+            await self._has_slices.wait()
+            taken, self._slices = self._slices, []
+            self._has_slices.clear()
+            return taken
 
-    async def begun(self) -> Sequence[tuple[int, str, float]]:
-        """(number, worker, time) of the slices that were begun since the last call. The driver has the same clock."""
-        begun, self._begun = self._begun, []
-        return begun
+        async def begin(self, number: int, worker: str) -> None:
+            """Note that a worker begins a slice."""
+            self._begun.append((number, worker, time.monotonic()))
+
+        async def begun(self) -> Sequence[tuple[int, str, float]]:
+            """(number, worker, time) of what was begun since the last call. The driver has the same clock."""
+            begun, self._begun = self._begun, []
+            return begun
+
+    return ray.remote(Desk).options(num_cpus=0, label_selector=_this_node()).remote()
 
 
 class _Feeder(threading.Thread):
@@ -277,7 +283,8 @@ class _SlicesOnDesk(Datasource):  # type: ignore[misc]
 class _SliceLabeller:
     """What an actor runs: it labels and publishes a packed slice, and gives the result or the error.
 
-    An error is given and not raised, so that the command ends with its one line instead of Ray's traceback.
+    An error is given and not raised, so that the command ends with its one line instead of Ray's traceback. The model
+    loads while the first slice is on its way.
 
     An actor that was started again because it had died suspects the slices that it had in flight. If an image in one of
     them kills the process that decodes it, the actor goes on suspecting. And it suspects a slice that another worker
@@ -285,10 +292,8 @@ class _SliceLabeller:
     """
 
     def __init__(self, job: Job, num_threads: int, desk: Any) -> None:
-        self._job = job
-        self._num_threads = num_threads
         self._desk = desk
-        self._worker: Worker | None = None
+        self._loading = ThreadPoolExecutor(1).submit(Worker, job, num_threads, may_have_double=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Ray warns of a deprecated name that it uses itself
             is_reconstructed = ray.get_runtime_context().was_current_actor_reconstructed
@@ -297,7 +302,7 @@ class _SliceLabeller:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
-            worker = self._worker = self._worker or Worker(self._job, self._num_threads, may_have_double=True)
+            worker = self._loading.result()
             self._desk.begin.remote(row["number"], self._id)
             begun = time.monotonic()
             num_suspects = max(self._num_suspects, int(row["is_double"]))
