@@ -229,7 +229,7 @@ def test_help_shows_types_and_defaults(capsys: pytest.CaptureFixture[str]) -> No
     assert "(default: True)" in out
     assert "--use-gpu Give each worker a GPU of its own. Without this flag no GPU is used. --" in out
     assert "--precision {auto,float32,bfloat16,float16} " in out
-    for default in ("auto", "0", "0.995", "resnet"):
+    for default in ("auto", "0", "0.995", "none"):
         assert f" (default: {default}) " in out
 
 

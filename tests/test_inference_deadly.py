@@ -90,9 +90,9 @@ def errors_of(output: Path) -> dict[str, str]:
 def test_an_image_that_kills_actors_is_a_row(tmp_path: Path, model: str) -> None:
     images = photographs(tmp_path / "photos", 1500, {7: "SIGSEGV", 8: "SIGKILL", 1200: "SIGABRT"})
     result = command(images, tmp_path / "out", model, "ray")
-    assert result.stdout.splitlines()[-1:] == ["1,500 listed = 1,497 ok + 3 error + 0 already done + 0 duplicate"], (
-        result.stderr
-    )
+    assert result.stdout.splitlines()[-1:] == [
+        "1,500 listed = 1,497 ok + 3 error + 0 already done + 0 duplicate + 0 skipped"
+    ], result.stderr
     assert errors_of(tmp_path / "out") == dict.fromkeys(["0007.jpg", "0008.jpg", "1200.jpg"], "decoder_died")
     assert verify(str(tmp_path / "out")).rows == 1500
 
@@ -103,7 +103,7 @@ def test_an_image_that_kills_a_process_which_calls_predict_is_a_row_of_the_next_
     output = tmp_path / "out"
     assert command(images, output, model, "inline").returncode in {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGKILL}
     result = command(images, output, model, "inline")
-    assert result.stdout == "60 listed = 57 ok + 3 error + 0 already done + 0 duplicate\n", result.stderr
+    assert result.stdout == "60 listed = 57 ok + 3 error + 0 already done + 0 duplicate + 0 skipped\n", result.stderr
     assert errors_of(output) == dict.fromkeys(["0007.jpg", "0008.jpg", "0059.jpg"], "decoder_died")
     assert verify(str(output)).rows == 60
 

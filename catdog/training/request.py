@@ -184,8 +184,10 @@ def accepted(config: TrainConfig) -> Iterator[Request]:
     """
     data, output = storage.absolute(config.data), storage.absolute(config.output)
     parent = None if config.from_ is None else storage.absolute(config.from_)
+    config = dataclasses.replace(config, data=data, output=output, from_=parent)
+    resolve(config)  # what is wrong with the flags is said before the data is looked for
     info = reading.load_info(data)
-    resolved = resolve(dataclasses.replace(config, data=data, output=output, from_=parent), info.num_images("train"))
+    resolved = resolve(config, info.num_images("train"))
     _check_data(resolved, info)
     _refuse_foreign(output)
     published = provenance.configuration(resolved)
