@@ -21,7 +21,7 @@ from storage_case import fill, image_error, make_zip, write_manifest
 from catdog import storage
 from catdog.errors import ImageError, UsageError
 from catdog.storage import archives, filesystems
-from catdog.storage.archives import tars, webdataset, zips
+from catdog.storage.archives import interface, tars, webdataset
 from catdog.storage.archives.interface import FilePlace
 
 pytest_plugins = ["s3_server", "storage_case"]
@@ -236,7 +236,7 @@ def test_an_archive_that_holds_itself_ends(tmp_path: Path) -> None:
 
 
 def test_a_large_compressed_archive_in_an_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zips, "MAX_INNER_BYTES", 100)
+    monkeypatch.setattr(interface, "MAX_INNER_BYTES", 100)
     for compression, is_listed in ((zipfile.ZIP_STORED, True), (zipfile.ZIP_DEFLATED, False)):
         path = tmp_path / f"{compression}.zip"
         path.write_bytes(make_zip({"train.zip": make_zip(KAGGLE), "a.jpg": b"a"}, compression))

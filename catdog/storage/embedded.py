@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from catdog.errors import ImageError, UsageError
 from catdog.storage import tables
-from catdog.storage.filesystems import attempt, describe, info, version_of
+from catdog.storage.filesystems import attempt, describe, info, version_of, version_of_status
 from catdog.storage.urls import is_local, local_path
 
 _ROW: Final = re.compile(r"row://([^/:]*)/(\d+)::(.*)", re.DOTALL)
@@ -52,8 +52,7 @@ def split_row(uri: str) -> tuple[str, int, str] | None:
 def version_of_table(url: str) -> str:
     """The version of a table, which is that of its rows. Errors as those of `open`, for a local file."""
     if is_local(url):
-        status = os.stat(local_path(url))
-        return f"{status.st_size}-{status.st_mtime_ns}"
+        return version_of_status(os.stat(local_path(url)))
     return version_of(info(url, fresh=True))
 
 

@@ -269,11 +269,37 @@ def open_handle(url: str) -> IO[bytes]:
     return _explaining_denials(fs, path, open_it)
 
 
-class RetryingFile(io.RawIOBase):
+def version_of_status(status: os.stat_result) -> str:
+    """The version of a local file: its size and the time at which it was changed."""
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+class WrappedFile(io.RawIOBase):
+    """A seekable file that reads another one, and closes it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def close(self) -> None:
+        """Close the other file, too."""
+        self._file.close()
+        super().close()
+
+
+class RetryingFile(WrappedFile):
     """A remote file. A read that fails is tried again."""
 
     def __init__(self, url: str, file: IO[bytes]) -> None:
-        self._url, self._file = url, file
+        super().__init__(file)
+        self._url = url
 
     def readinto(self, buffer: Any) -> int:
         """Fill a buffer, or a part of it."""
@@ -294,16 +320,3 @@ class RetryingFile(io.RawIOBase):
     def tell(self) -> int:
         """The position."""
         return self._file.tell()
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def seekable(self) -> bool:
-        """It is."""
-        return True
-
-    def close(self) -> None:
-        """Close the remote file, too."""
-        self._file.close()
-        super().close()

@@ -12,7 +12,7 @@ from typing import Any, Final
 from catdog.errors import StorageError
 from catdog.provenance import redact
 from catdog.storage import patterns, s3
-from catdog.storage.filesystems import SourceFile, attempt, describe, filesystem, require, version_of
+from catdog.storage.filesystems import SourceFile, attempt, describe, filesystem, require, version_of, version_of_status
 from catdog.storage.names import is_hidden
 from catdog.storage.urls import is_local, join, local_path, path_uri
 
@@ -131,7 +131,7 @@ def stat_local(path: str, skip: Skip) -> SourceFile | None:
     if not stat.S_ISREG(status.st_mode):
         skip("not_a_file", uri)
         return None
-    return SourceFile(uri, f"{status.st_size}-{status.st_mtime_ns}", status.st_size)
+    return SourceFile(uri, version_of_status(status), status.st_size)
 
 
 def _walk_s3(fs: Any, directory: str, prefix: str, *, flat: bool) -> Iterator[SourceFile]:

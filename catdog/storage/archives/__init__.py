@@ -11,10 +11,18 @@ from typing import Final
 
 from catdog.errors import ImageError, UsageError
 from catdog.provenance import redact
-from catdog.storage.archives.interface import FilePlace, Member, Place, Reader, as_image_error, is_damage
+from catdog.storage.archives.interface import (
+    MAX_INNER_BYTES,
+    FilePlace,
+    Member,
+    Place,
+    Reader,
+    as_image_error,
+    is_damage,
+)
 from catdog.storage.archives.tars import open_tar
-from catdog.storage.archives.zips import MAX_INNER_BYTES, ZipReader
-from catdog.storage.filesystems import SourceFile, attempt, version_of
+from catdog.storage.archives.zips import ZipReader
+from catdog.storage.filesystems import SourceFile, attempt, version_of, version_of_status
 from catdog.storage.filesystems import info as info_of
 from catdog.storage.names import archive_scheme, suffix_of
 from catdog.storage.urls import is_local, local_path, member_uri, outermost, split_member
@@ -55,7 +63,7 @@ def list_members(archive: str) -> Iterator[tuple[SourceFile, bool, Head]]:
     if depth_of(archive) >= MAX_DEPTH:
         raise UsageError(_complaint(archive, f"at most {MAX_DEPTH} archives may lie in each other"))
     reader = attempt(archive, lambda: _open(archive))
-    if _is_encrypted(reader):
+    if reader.is_encrypted:
         raise UsageError(_complaint(archive, "it is encrypted"))
     scheme = _scheme(archive)
     try:
@@ -141,17 +149,13 @@ def read_member(
 def why_no_image(archive: str, *, patience_s: float | None = None) -> ImageError:
     """The error row of an archive that stands among the images. Errors of the storage as `attempt`."""
     try:
-        if _is_encrypted(attempt(archive, lambda: _open(archive), patience_s=patience_s)):
+        if attempt(archive, lambda: _open(archive), patience_s=patience_s).is_encrypted:
             return ImageError("permission_denied", "the archive is encrypted")
         for _ in list_members(archive):
             pass
     except UsageError as error:
         return ImageError("decode_failed", str(error))
     return ImageError("unsupported_format", "an archive is no image")
-
-
-def _is_encrypted(reader: Reader) -> bool:
-    return isinstance(reader, ZipReader) and reader.is_encrypted
 
 
 def depth_of(uri: str) -> int:
@@ -252,8 +256,7 @@ def _found(archive: str, root: str) -> tuple[str, str, int] | None:
     later, what is read does not fit its directory, and `read_member` opens it anew.
     """
     if is_local(root):
-        status = os.stat(local_path(root))
-        return archive, f"{status.st_size}-{status.st_mtime_ns}", os.getpid()
+        return archive, version_of_status(os.stat(local_path(root))), os.getpid()
     with _lock:
         version = _remote_versions.get(root)
     return None if version is None else (archive, version, os.getpid())

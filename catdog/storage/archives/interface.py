@@ -18,11 +18,15 @@ from typing import IO, Any, Final
 
 from catdog.errors import ImageError
 from catdog.storage import s3
-from catdog.storage.filesystems import RetryingFile, filesystem, open_handle
+from catdog.storage.filesystems import RetryingFile, WrappedFile, filesystem, open_handle
 from catdog.storage.urls import is_local
 
 _DAMAGE: Final = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, ValueError)
 """What the libraries raise when the data is damaged. They also raise EOFError, which is treated apart."""
+
+
+MAX_INNER_BYTES: Final = 2**30
+"""Size of the largest archive in an archive that is unpacked in memory. Kaggle's train.zip has 543 MB."""
 
 
 class UnreadableError(ValueError):
@@ -114,11 +118,12 @@ class MemoryPlace(Place):
         return self._data[start:stop]
 
 
-class _Section(io.RawIOBase):
+class _Section(WrappedFile):
     """A part of a file, as a file. It closes the whole file."""
 
     def __init__(self, file: IO[bytes], start: int, num_bytes: int) -> None:
-        self._file, self._start, self._num_bytes = file, start, num_bytes
+        super().__init__(file)
+        self._start, self._num_bytes = start, num_bytes
         self._at = 0
 
     def readinto(self, buffer: Any) -> int:
@@ -134,16 +139,6 @@ class _Section(io.RawIOBase):
 
     def tell(self) -> int:
         return self._at
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +167,9 @@ class Reader(abc.ABC):
     that into words.
     """
 
+    is_encrypted: bool = False
+    """Whether nothing in it can be read without a password."""
+
     def __init__(self, place: Place) -> None:
         self.place = place
 
@@ -194,6 +192,19 @@ class Reader(abc.ABC):
     @abc.abstractmethod
     def place_of(self, member: Member) -> Place:
         """Where the bytes of a member lie that is an archive itself."""
+
+    def unpacked_place(self, member: Member, what: str) -> Place:
+        """A member that is an archive itself, unpacked in memory. `what` says which of the two is compressed.
+
+        Raises:
+            UnreadableError: the member is larger than `MAX_INNER_BYTES`.
+        """
+        if member.num_bytes > MAX_INNER_BYTES:
+            raise UnreadableError(
+                f"{what} must have at most {MAX_INNER_BYTES} bytes, and this one has {member.num_bytes}: "
+                "unpack the outer one"
+            )
+        return MemoryPlace(self.read(member))
 
 
 def is_damage(error: Exception) -> bool:

@@ -20,8 +20,7 @@ import pyarrow as pa
 
 from catdog.errors import ImageError
 from catdog.storage import names
-from catdog.storage.archives.interface import Member, MemoryPlace, Place, Reader, SectionPlace, UnreadableError
-from catdog.storage.archives.zips import MAX_INNER_BYTES
+from catdog.storage.archives.interface import Member, Place, Reader, SectionPlace
 
 _BLOCK_BYTES: Final = tarfile.BLOCKSIZE
 
@@ -287,9 +286,4 @@ class CompressedTarReader(_TarReader):
 
     def place_of(self, member: Member) -> Place:
         """As `Reader.place_of`. The member is unpacked in memory."""
-        if member.num_bytes > MAX_INNER_BYTES:
-            raise UnreadableError(
-                f"an archive in a compressed archive must have at most {MAX_INNER_BYTES} bytes, and this one has "
-                f"{member.num_bytes}: unpack the outer one"
-            )
-        return MemoryPlace(self.read(member))
+        return self.unpacked_place(member, "an archive in a compressed archive")

@@ -10,10 +10,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from catdog.errors import ImageError
-from catdog.storage.archives.interface import Member, MemoryPlace, Place, Reader, SectionPlace, UnreadableError
-
-MAX_INNER_BYTES: Final = 2**30
-"""Size of the largest compressed archive in an archive, which is unpacked in memory. Kaggle's train.zip has 543 MB."""
+from catdog.storage.archives.interface import Member, Place, Reader, SectionPlace, UnreadableError
 
 _ENCRYPTED: Final = 0x1
 """The bit in a member's flags that says so."""
@@ -52,11 +49,7 @@ class ZipReader(Reader):
         self._infos = sorted(infos, key=lambda info: info.header_offset)
         self._by_name = {info.filename: info for info in infos}
         self._others = [info for info in infos if self._by_name[info.filename] is not info]
-
-    @property
-    def is_encrypted(self) -> bool:
-        """Whether nothing in it can be read without a password."""
-        return bool(self._infos) and all(info.flag_bits & _ENCRYPTED for info in self._infos)
+        self.is_encrypted = bool(infos) and all(info.flag_bits & _ENCRYPTED for info in infos)
 
     def members(self) -> Iterator[Member]:
         """As `Reader.members`."""
@@ -87,12 +80,7 @@ class ZipReader(Reader):
         if info.compress_type == zipfile.ZIP_STORED:
             header = self.place.fetch(info.header_offset, info.header_offset + _HEADER.size)
             return SectionPlace(self.place, info.header_offset + _data_offset(header), info.file_size)
-        if info.file_size > MAX_INNER_BYTES:
-            raise UnreadableError(
-                f"a compressed archive in an archive must have at most {MAX_INNER_BYTES} bytes, and this one has "
-                f"{info.file_size}: unpack the outer one"
-            )
-        return MemoryPlace(self.read(member))
+        return self.unpacked_place(member, "a compressed archive in an archive")
 
     def _read_near(self, info: zipfile.ZipInfo, num_bytes: int | None) -> bytes:
         with self._lock:
