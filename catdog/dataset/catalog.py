@@ -62,6 +62,13 @@ def open_catalog() -> Iterator[duckdb.DuckDBPyConnection]:
             connection.close()
 
 
+def create(connection: duckdb.DuckDBPyConnection, table: str, schema: pa.Schema) -> None:
+    """Create an empty table."""
+    connection.register("_empty", schema.empty_table())
+    connection.execute(f"CREATE TABLE {table} AS SELECT * FROM _empty")
+    connection.unregister("_empty")
+
+
 def insert(connection: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
     """Append `rows` to a table that has the same columns."""
     connection.register("_rows", rows)

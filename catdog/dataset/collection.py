@@ -13,7 +13,7 @@ import pyarrow as pa
 from catdog import storage
 from catdog.config import PrepareConfig
 from catdog.dataset import folders, label_tables, sidecars
-from catdog.dataset.catalog import BATCH_ROWS, LISTING_SCHEMA, insert, one_row, stream
+from catdog.dataset.catalog import BATCH_ROWS, LISTING_SCHEMA, create, insert, one_row, stream
 from catdog.dataset.folders import FOLDER
 from catdog.dataset.labels import Classes
 from catdog.dataset.split import HELD_OUT
@@ -49,9 +49,7 @@ def list_collection(connection: duckdb.DuckDBPyConnection, config: PrepareConfig
     classes = Classes(config.other_names)
     tables = label_tables.find(config)
     has_labels = tables is not None and tables.has_labels
-    connection.execute(
-        "CREATE TABLE listing (row BIGINT, uri VARCHAR, version VARCHAR, num_bytes BIGINT, label TINYINT)"
-    )
+    create(connection, "listing", LISTING_SCHEMA)
     connection.execute("CREATE TABLE row_splits (row BIGINT, split VARCHAR)")
     takes_prefix = config.labels in ("auto", "prefix") and not has_labels
     files = enumerate(_list_sources(config))

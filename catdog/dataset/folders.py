@@ -6,6 +6,7 @@ from typing import Final
 import duckdb
 import pyarrow as pa
 
+from catdog.dataset import catalog
 from catdog.dataset.catalog import insert, stream
 from catdog.dataset.labels import Classes, folders, parent
 from catdog.dataset.split import named_split
@@ -23,7 +24,7 @@ def create(connection: duckdb.DuckDBPyConnection, classes: Classes) -> None:
     count: what lies above says where the collection is. The folder that holds a file always counts as to its class.
     """
     connection.execute(f"CREATE TABLE places AS SELECT DISTINCT {FOLDER} AS folder FROM listing")
-    connection.execute("CREATE TABLE folders (folder VARCHAR, label TINYINT, split VARCHAR)")
+    catalog.create(connection, "folders", _SCHEMA)
     num_shared = _num_shared(connection)
     for batch in stream(connection, "SELECT folder FROM places"):
         rows = []

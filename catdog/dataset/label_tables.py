@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from catdog import storage
 from catdog.config import PrepareConfig
-from catdog.dataset.catalog import insert, one_row
+from catdog.dataset.catalog import create, insert, one_row
 from catdog.dataset.labels import RULES, Classes
 from catdog.dataset.split import named_split
 from catdog.errors import UsageError
@@ -151,11 +151,7 @@ def match(connection: duckdb.DuckDBPyConnection, tables: LabelTables, classes: C
         UsageError: a label, or a split, is none of those that there are; or a file has two labels; or no row names a
             file.
     """
-    connection.execute(
-        "CREATE TABLE named (number BIGINT, place VARCHAR, written VARCHAR, verbatim VARCHAR, uri VARCHAR, "
-        "beside VARCHAR, moved VARCHAR, member VARCHAR, label VARCHAR, class TINYINT, split VARCHAR, "
-        "named_split VARCHAR)"
-    )
+    create(connection, "named", TABLE_SCHEMA)
     for batch in read(tables, classes):
         insert(connection, "named", batch)
     _match_rows(connection)
