@@ -49,6 +49,23 @@ def photo(width: int = 300, height: int = 200) -> Image.Image:
     return Image.fromarray(np.stack([red, green, blue], axis=-1).astype(np.uint8))
 
 
+def as_stored(upright: Image.Image, orientation: int) -> tuple[Image.Image, Image.Exif]:
+    """The picture as a camera stores it that was held otherwise, and the EXIF data that says so."""
+    stored = {
+        1: upright,
+        2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        3: upright.transpose(Image.Transpose.ROTATE_180),
+        4: upright.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+        5: upright.transpose(Image.Transpose.TRANSPOSE),
+        6: upright.transpose(Image.Transpose.ROTATE_90),
+        7: upright.transpose(Image.Transpose.TRANSVERSE),
+        8: upright.transpose(Image.Transpose.ROTATE_270),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return stored, exif
+
+
 def pixels(data: bytes, size_px: int = SIZE) -> np.ndarray[Any, Any]:
     return images.decode(data, size_px).pixels_HWC.astype(int)
 
@@ -158,18 +175,7 @@ def test_orientations_of_real_photographs(shared_data: Path, pattern: str) -> No
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_orientations(format_: str, orientation: int) -> None:
     upright = photo()
-    stored = {
-        1: upright,
-        2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
-        3: upright.transpose(Image.Transpose.ROTATE_180),
-        4: upright.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
-        5: upright.transpose(Image.Transpose.TRANSPOSE),
-        6: upright.transpose(Image.Transpose.ROTATE_90),
-        7: upright.transpose(Image.Transpose.TRANSVERSE),
-        8: upright.transpose(Image.Transpose.ROTATE_270),
-    }[orientation]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
+    stored, exif = as_stored(upright, orientation)
     data = encode(stored, format_, exif=exif, **({} if format_ == "TIFF" else {"quality": 95}))
     decoded = images.decode(data, SIZE)
     assert (decoded.width, decoded.height) == upright.size

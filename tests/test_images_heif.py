@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_images import SIZE, encode, error_of, photo, pixels
+from test_images import SIZE, as_stored, encode, error_of, photo, pixels
 
 from catdog import images
 from catdog.errors import ImageError
@@ -55,18 +55,7 @@ def test_transparency_of_heic_is_white() -> None:
 def test_a_heic_file_is_turned_once(orientation: int) -> None:
     """The encoder turns EXIF's orientation into HEIF's own; where it also stays in the EXIF data, it does not count."""
     upright = photo()
-    stored = {
-        1: upright,
-        2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
-        3: upright.transpose(Image.Transpose.ROTATE_180),
-        4: upright.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
-        5: upright.transpose(Image.Transpose.TRANSPOSE),
-        6: upright.transpose(Image.Transpose.ROTATE_90),
-        7: upright.transpose(Image.Transpose.TRANSVERSE),
-        8: upright.transpose(Image.Transpose.ROTATE_270),
-    }[orientation]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
+    stored, exif = as_stored(upright, orientation)
     written = heic(stored, exif=exif.tobytes())
     in_exif = b"\x12\x01\x03\0\x01\0\0\0" if b"II*\0" in written else b"\x01\x12\0\x03\0\0\0\x01"
     value = written.index(in_exif) + len(in_exif)
