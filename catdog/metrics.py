@@ -7,6 +7,7 @@ have the same order, and no metric depends on that order.
 The results are written into JSON files and read back, so their types are those that JSON has.
 """
 
+from collections.abc import Sequence
 from typing import Final, Literal, TypeAlias, TypedDict
 
 import numpy as np
@@ -123,16 +124,17 @@ def classification_metrics(labels_B: npt.ArrayLike, prob_dog_B: npt.ArrayLike) -
     labels_B, prob_dog_B = _checked(labels_B, prob_dog_B)
     matrix = confusion_matrix(labels_B, prob_dog_B)
     log_loss, brier_score, calibration_error = _bootstrapped(labels_B, prob_dog_B)
+    per_class = {name: _class_metrics(matrix, index) for index, name in enumerate(CLASS_NAMES)}
     return {
         "num_images": len(labels_B),
         "class_counts": {name: int(count) for name, count in zip(CLASS_NAMES, matrix.sum(axis=1), strict=True)},
         "accuracy": share(int(np.trace(matrix)), len(labels_B)),
-        "balanced_accuracy": _balanced_accuracy(matrix),
+        "balanced_accuracy": _balanced_accuracy([each["recall"] for each in per_class.values()]),
         "roc_auc": roc_auc(labels_B, prob_dog_B),
         "log_loss": log_loss,
         "brier_score": brier_score,
         "expected_calibration_error": calibration_error,
-        "per_class": {name: _class_metrics(matrix, index) for index, name in enumerate(CLASS_NAMES)},
+        "per_class": per_class,
         "confusion_matrix": matrix.tolist(),
     }
 
@@ -259,13 +261,12 @@ def calibration_bins(prob_dog_B: npt.ArrayLike) -> IntArray:
     return np.searchsorted(edges, probs, side="right").astype(np.int64)
 
 
-def _balanced_accuracy(matrix: IntArray) -> Metric:
-    """The mean of both recalls, with the interval that follows from theirs.
+def _balanced_accuracy(recalls: Sequence[Metric]) -> Metric:
+    """The mean of the recalls of both classes, with the interval that follows from theirs.
 
     It is that of Zou and Donner for the sum of two estimates (Statistics in Medicine 2008): the distances to the ends
     of both intervals add up as the sides of a right angle do.
     """
-    recalls = [_class_metrics(matrix, index)["recall"] for index in range(len(CLASS_NAMES))]
     ends = [(each["value"], *each["ci95"]) for each in recalls if each["value"] is not None]
     if len(ends) < len(CLASS_NAMES):
         return _undefined("every image is of one class")

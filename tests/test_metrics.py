@@ -202,6 +202,26 @@ def test_one_class_only_leaves_some_metrics_undefined() -> None:
     assert found["accuracy"]["value"] == 1.0
 
 
+def test_balanced_accuracy_weighs_both_classes_alike() -> None:
+    labels, prob_dog = [0] * 40 + [1] * 10, [0.1] * 38 + [0.9] * 2 + [0.9] * 5 + [0.1] * 5
+    balanced = metrics.classification_metrics(labels, prob_dog)["balanced_accuracy"]
+    predicted = metrics.predicted_classes(prob_dog)
+    assert balanced["value"] == pytest.approx(sklearn_metrics.balanced_accuracy_score(labels, predicted))
+    # Wilson's intervals are 0.8350 to 0.9862 for 38 of 40, and 0.2366 to 0.7634 for 5 of 10.
+    assert balanced["ci95"] == pytest.approx([0.725 - 0.1437, 0.725 + 0.1330], abs=2e-3)
+
+
+def test_a_class_of_one_image_has_an_interval_that_says_so() -> None:
+    """The other images are sure and right, so that all the loss is that of the one dog."""
+    one_dog = metrics.classification_metrics([0] * 50 + [1], [0.0] * 50 + [0.2])
+    low, high = one_dog["log_loss"]["ci95"]
+    assert low == pytest.approx(0, abs=1e-6)  # of other 51 images, none may be that dog
+    assert high > 2 * one_dog["log_loss"]["value"]  # or several like it
+    recall_ci95 = one_dog["per_class"]["dog"]["recall"]["ci95"]
+    assert recall_ci95 is not None
+    assert recall_ci95[1] - recall_ci95[0] > 0.7
+
+
 def test_review_metrics() -> None:
     # Four images are kept, one of them wrong; the doubtful fifth is wrong as well.
     found = metrics.review_metrics([0, 0, 1, 1, 1], [0.1, 0.9, 0.8, 0.9, 0.4], [False, False, False, False, True])

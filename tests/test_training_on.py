@@ -24,7 +24,7 @@ from catdog.dataset.reading import iter_split, load_info
 from catdog.errors import BundleError, OutputRefusedError, UsageError
 from catdog.images import decode
 from catdog.inference import predict
-from catdog.training import TrainRecord, group, resolve, train
+from catdog.training import TrainRecord, group, request, resolve, train
 from catdog.training.history import HistoryRow
 from catdog.training.observers import Observer
 
@@ -151,8 +151,12 @@ def test_a_recipes_batch_is_smaller_for_few_images(
 ) -> None:
     assert architectures.architecture("cnn").recipe.batch_size == 128
     fields = {"arch": "cnn", "num_workers": num_workers}
-    assert resolve(config(dataset, tmp_path, **fields), num_images).batch_size == expected
-    assert resolve(config(dataset, tmp_path, **fields, batch_size=3), num_images).batch_size == 3
+    resolved = resolve(config(dataset, tmp_path, **fields))
+    assert request.for_few_images(resolved, num_images).batch_size == expected
+    with request.accepted(config(dataset, tmp_path / "few", **fields)) as accepted:
+        assert accepted.config.batch_size == 8
+    with request.accepted(config(dataset, tmp_path / "asked", **fields, batch_size=3)) as accepted:
+        assert accepted.config.batch_size == 3
 
 
 def test_classes_weigh_the_same_if_asked_to(dataset: str, tmp_path: Path) -> None:

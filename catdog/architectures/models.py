@@ -39,6 +39,13 @@ def build_model(name: str, image_size: int) -> keras.Model:
     features = chosen.build_features(x)
     # float32 whatever the policy: bfloat16 has 8 bits of mantissa, too few for a calibrated logit.
     logits = keras.layers.Dense(1, dtype="float32", name=LOGITS_LAYER)(features)
+    return _with_probability(pixels, logits, name)
+
+
+def _with_probability(pixels: Any, logits: Any, name: str) -> keras.Model:
+    """The model from `pixels` to the probability that belongs to `logits`."""
+    import keras
+
     probabilities = keras.layers.Activation("sigmoid", dtype="float32", name=PROBABILITY_LAYER)(logits)
     return keras.Model(pixels, probabilities, name=name)
 
@@ -63,9 +70,7 @@ def exported(model: keras.Model, name: str) -> keras.Model:
     logits = logits_model(plain)
     pixels = keras.Input(plain.input.shape[1:], name="pixels")
     both = [logits(pixels), logits(keras.ops.flip(pixels, axis=2))]
-    mean = keras.layers.Average(dtype="float32", name=LOGITS_LAYER)(both)
-    probabilities = keras.layers.Activation("sigmoid", dtype="float32", name=PROBABILITY_LAYER)(mean)
-    return keras.Model(pixels, probabilities, name=name)
+    return _with_probability(pixels, keras.layers.Average(dtype="float32", name=LOGITS_LAYER)(both), name)
 
 
 def calibrated(model: keras.Model, temperature: float) -> keras.Model:
@@ -77,8 +82,7 @@ def calibrated(model: keras.Model, temperature: float) -> keras.Model:
 
     logits = model.get_layer(LOGITS_LAYER).output
     scaled = keras.layers.Rescaling(1 / temperature, dtype="float32", name=TEMPERATURE_LAYER)(logits)
-    probabilities = keras.layers.Activation("sigmoid", dtype="float32", name=PROBABILITY_LAYER)(scaled)
-    return keras.Model(model.input, probabilities, name=model.name)
+    return _with_probability(model.input, scaled, model.name)
 
 
 def load_trained(model: keras.Model, trained: keras.Model) -> None:

@@ -152,7 +152,7 @@ class _Worker:
             step = (epoch + 1) * self._briefing.steps_per_epoch
             row = self._finish_epoch(epoch)
             if self._config.early_stopping is not None and row is best_row(self._history):
-                self._best = self._learner.state()["average"]
+                self._best = self._learner.average_state()
             self._save_checkpoint(step, self._sums)
             self._observers.epoch_done(self._history)
             self._ticked_at = time.monotonic()
@@ -176,7 +176,7 @@ class _Worker:
     def _final_validation(self) -> Validation:
         """The validation of the model that is saved: that of the last epoch, or of the best one."""
         if self._best is not None and self._history[-1] is not best_row(self._history):
-            self._learner.load_state({**self._learner.state(), "average": self._best})
+            self._learner.load_average(self._best)
             return self._validate()
         return self._validation or self._validate()
 

@@ -55,12 +55,8 @@ class ResolvedTrainConfig(TrainConfig):
     """The id of the model to start from."""
 
 
-def resolve(config: TrainConfig, num_images: int | None = None) -> ResolvedTrainConfig:
+def resolve(config: TrainConfig) -> ResolvedTrainConfig:
     """Fill the fields that are left to the architecture's recipe, or to the model to start from, and check the result.
-
-    Args:
-        config: what was asked for.
-        num_images: number of training images. If they are few, so is a batch of them.
 
     Raises:
         UsageError: an unknown architecture, or values that do not go together.
@@ -82,7 +78,7 @@ def resolve(config: TrainConfig, num_images: int | None = None) -> ResolvedTrain
     defaults: dict[str, Any] = {
         "epochs": epochs,
         "head_epochs": 0 if weights == "none" else min(recipe.head_epochs, epochs),
-        "batch_size": max(config.num_workers, _batch_size(recipe.batch_size, num_images)),
+        "batch_size": max(config.num_workers, recipe.batch_size),
         "image_size": recipe.image_size if parent is None else parent["image_size"],
         "learning_rate": recipe.learning_rate,
     }
@@ -120,11 +116,12 @@ def _arch(config: TrainConfig, parent: dict[str, Any] | None) -> str:
     return arch
 
 
-def _batch_size(usual: int, num_images: int | None) -> int:
-    """The recipe's batch size, halved until an epoch has at least `_MIN_STEPS` steps."""
-    while num_images is not None and usual > 1 and usual * _MIN_STEPS > num_images:
-        usual //= 2
-    return usual
+def for_few_images(config: ResolvedTrainConfig, num_images: int) -> ResolvedTrainConfig:
+    """The configuration with the recipe's batch size halved until an epoch has at least `_MIN_STEPS` steps."""
+    batch_size = config.batch_size
+    while batch_size > 1 and batch_size * _MIN_STEPS > num_images:
+        batch_size //= 2
+    return dataclasses.replace(config, batch_size=max(config.num_workers, batch_size))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,10 +181,10 @@ def accepted(config: TrainConfig) -> Iterator[Request]:
     """
     data, output = storage.absolute(config.data), storage.absolute(config.output)
     parent = None if config.from_ is None else storage.absolute(config.from_)
-    config = dataclasses.replace(config, data=data, output=output, from_=parent)
-    resolve(config)  # what is wrong with the flags is said before the data is looked for
+    resolved = resolve(dataclasses.replace(config, data=data, output=output, from_=parent))
     info = reading.load_info(data)
-    resolved = resolve(config, info.num_images("train"))
+    if config.batch_size is None:
+        resolved = for_few_images(resolved, info.num_images("train"))
     _check_data(resolved, info)
     _refuse_foreign(output)
     published = provenance.configuration(resolved)

@@ -187,13 +187,20 @@ class Learner:
 
         The optimizer's variables hold the position in the learning rate's schedule.
         """
-        return {name: [variable.numpy() for variable in variables] for name, variables in self._variables().items()}
+        return {name: _arrays(variables) for name, variables in self._variables().items()}
 
     def load_state(self, state: dict[str, Arrays]) -> None:
         """Take over what `state` returned. Shapes that differ are an error."""
         for name, variables in self._variables().items():
-            for variable, array in zip(variables, state[name], strict=True):
-                variable.assign(array)
+            _assign(variables, state[name])
+
+    def average_state(self) -> Arrays:
+        """The running average, as it is in `state`."""
+        return _arrays(self.average.variables)
+
+    def load_average(self, arrays: Arrays) -> None:
+        """Take over what `average_state` returned."""
+        _assign(self.average.variables, arrays)
 
     def _variables(self) -> dict[str, list[Any]]:
         return {
@@ -298,6 +305,15 @@ class Learner:
 
         # The sum is computed on the device that holds the input. An argument is on no device yet, its copy is.
         return tf.distribute.get_replica_context().all_reduce("SUM", tf.identity(values))
+
+
+def _arrays(variables: list[Any]) -> Arrays:
+    return [variable.numpy() for variable in variables]
+
+
+def _assign(variables: list[Any], arrays: Arrays) -> None:
+    for variable, array in zip(variables, arrays, strict=True):
+        variable.assign(array)
 
 
 def _is_bfloat16(gradient: tf.Tensor) -> bool:
