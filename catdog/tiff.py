@@ -70,12 +70,7 @@ def picture(data: bytes) -> Page | None:
 def has_floats(data: bytes) -> bool:
     """Whether these are the bytes of a TIFF file whose first page has floating-point numbers for pixels."""
     try:
-        header = data[: 16 if data[2] == _BIG_TIFF else 8]
-        tags = ImageFileDirectory_v2(header)
-        file = io.BytesIO(data)
-        file.seek(tags.next)
-        tags.load(file)
-        formats = tags.get(_SAMPLE_FORMAT_TAG, ())
+        formats = _tags(data, _first_offset(data)).get(_SAMPLE_FORMAT_TAG, ())
     except _BAD_DATA:
         return False
     return isinstance(formats, tuple) and _FLOATING_POINT in formats
@@ -83,9 +78,8 @@ def has_floats(data: bytes) -> bool:
 
 def _pages(data: bytes) -> list[Page]:
     """The pages that are intact and say their size."""
-    header = data[: 16 if data[2] == _BIG_TIFF else 8]
     pages: list[Page] = []
-    todo: list[tuple[int, int | None]] = [(ImageFileDirectory_v2(header).next, 0)]
+    todo: list[tuple[int, int | None]] = [(_first_offset(data), 0)]
     seen = {0}
     while todo and len(seen) <= _MAX_PAGES:
         offset, number = todo.pop()
@@ -93,10 +87,7 @@ def _pages(data: bytes) -> list[Page]:
             continue
         seen.add(offset)
         try:
-            file = io.BytesIO(data)
-            file.seek(offset)
-            tags = ImageFileDirectory_v2(header)
-            tags.load(file)
+            tags = _tags(data, offset)
             width, height = int(tags.get(_WIDTH_TAG, 0)), int(tags.get(_HEIGHT_TAG, 0))
             is_part = int(tags.get(_NEW_SUBFILE_TYPE_TAG, 0)) & _REDUCED_OR_MASK
             is_reduced = tags.get(_SUBFILE_TYPE_TAG) == _REDUCED
@@ -109,3 +100,21 @@ def _pages(data: bytes) -> list[Page]:
         if number is not None:
             todo.append((tags.next, number + 1))
     return pages
+
+
+def _header(data: bytes) -> bytes:
+    return data[: 16 if data[2] == _BIG_TIFF else 8]
+
+
+def _first_offset(data: bytes) -> int:
+    """Where the tags of the first page lie."""
+    return int(ImageFileDirectory_v2(_header(data)).next)
+
+
+def _tags(data: bytes, offset: int) -> ImageFileDirectory_v2:
+    """The tags of the page that lie at an offset; `next` is that of the next page."""
+    file = io.BytesIO(data)
+    file.seek(offset)
+    tags = ImageFileDirectory_v2(_header(data))
+    tags.load(file)
+    return tags
