@@ -65,8 +65,8 @@ def test_verify_compares_the_books_with_what_was_skipped(photos: Path, tmp_path:
 
 
 def test_a_file_that_is_named_outright_is_a_row(tmp_path: Path, photos: Path, model: str) -> None:
-    (tmp_path / "notes.txt").write_text("no image")
-    record = run((str(tmp_path / "notes.txt"), str(photos / "000.jpg")), tmp_path / "out", model)
+    (tmp_path / "notes.xmp").write_text("no image")
+    record = run((str(tmp_path / "notes.xmp"), str(photos / "000.jpg")), tmp_path / "out", model)
     assert record.books == Books(listed=2, ok=1, error=1, already_done=0, duplicate=0)
     assert record.errors == {"unsupported_format": 1}
 

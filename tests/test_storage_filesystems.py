@@ -15,7 +15,7 @@ from storage_case import FlakyS3
 
 from catdog import storage
 from catdog.errors import ImageError, StorageError
-from catdog.storage import filesystems, outages
+from catdog.storage import filesystems, outages, s3_objects
 
 pytest_plugins = ["s3_server", "storage_case"]
 
@@ -122,7 +122,9 @@ def test_a_connection_cut_in_the_middle_is_retried(flaky: type[FlakyS3]) -> None
 
 
 @pytest.mark.slow
-def test_what_does_not_pass_is_not_retried(flaky: type[FlakyS3]) -> None:
+def test_what_does_not_pass_is_not_retried(flaky: type[FlakyS3], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By s3fs. What obstore is denied, s3fs is asked for once: see tests/test_storage_s3_objects.py."""
+    monkeypatch.setattr(s3_objects, "_is_installed", lambda: False)
     flaky.answers = [(403, "ExpiredToken")]  # keys that never worked
     with pytest.raises(StorageError, match=r"s3://bucket/a.jpg"):
         storage.read_source("s3://bucket/a.jpg", 11)

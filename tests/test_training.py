@@ -249,6 +249,8 @@ def test_the_record_tells_what_a_training_came_to(undisturbed: Trained) -> None:
         "resumed",
         "wall_seconds",
         "metrics",
+        "recall",
+        "best_epoch",
         "calibration",
         "epochs_trained",
         "training_seconds",
@@ -259,10 +261,13 @@ def test_the_record_tells_what_a_training_came_to(undisturbed: Trained) -> None:
     ]
     assert undisturbed.record.num_repeated_steps == 0
     assert json.loads(json.dumps(record.to_dict()))["metrics"] == card["metrics"]
-    head, training, validation, temperature, shares, where = record.summary()
+    head, training, validation, recall, temperature, shares, where = record.summary()
     assert head.startswith(f"Trained cnn for {NUM_EPOCHS} epochs in ")
     assert training.endswith(f"loss {card['metrics']['train_loss']:.4f}")
     assert validation.endswith(f"loss {card['metrics']['val_loss']:.4f}")
+    for name, measured in card["validation"]["per_class"].items():
+        assert record.recall[name] == measured["recall"]["value"]
+        assert f"{name}s {100 * measured['recall']['value']:.2f} %" in recall
     assert temperature.startswith(f"  calibration temperature {card['temperature']:.2f}: ECE ")
     assert sum(float(share) for share in re.findall(r"[\d.]+(?= %)", shares)) == pytest.approx(100, abs=0.03)
     assert where == f"Model: {undisturbed.output}"
@@ -363,7 +368,7 @@ def test_a_signature_in_the_weights_url_is_not_published_and_may_change(dataset:
 def test_a_training_that_an_earlier_version_began_is_the_same_training() -> None:
     config = TrainConfig(data="/data", output="/model", arch="cnn", epochs=2, batch_size=32, image_size=64)
     published = provenance.configuration(resolve(config))
-    assert list(published) == [field.name for field in dataclasses.fields(TrainConfig)]
+    assert list(published) == [*(field.name for field in dataclasses.fields(TrainConfig)), "from_id"]
     assert (
         request.fingerprint(published, "digest") == "88da7de0b903ff0de3bcd8b41c4b39c9e9b1c49077471cfd48d44dbeb37356c4"
     )
@@ -914,6 +919,8 @@ def test_it_goes_on_with_as_many_workers_as_there_is_room_for_and_streams(
 def test_a_configuration_has_no_field_left_to_the_recipe(dataset: str, trained: Path) -> None:
     saved = json.loads((trained / "train.json").read_text())["config"]
     assert [field.name for field in dataclasses.fields(TrainConfig) if saved[field.name] is None] == [
+        "from_",
+        "early_stopping",
         "min_workers",
         "ray_address",
     ]

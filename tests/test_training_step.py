@@ -127,7 +127,9 @@ def test_auto_precision_follows_the_hardware() -> None:
 # One worker, in this process.
 
 
-def learner_of(arch: str, *, precision: str = "float32", **changes: Any) -> Learner:
+def learner_of(
+    arch: str, *, precision: str = "float32", class_weights: tuple[float, float] = (1.0, 1.0), **changes: Any
+) -> Learner:
     fields: dict[str, Any] = {
         "data": "-",
         "output": "-",
@@ -138,7 +140,7 @@ def learner_of(arch: str, *, precision: str = "float32", **changes: Any) -> Lear
     }
     share = Share(rank=0, num_workers=1, batch_size=BATCH_SIZE)
     config = resolve(TrainConfig(**(fields | changes)))
-    return Learner(config, share, steps_per_epoch=STEPS_PER_EPOCH, precision=precision)
+    return Learner(config, share, steps_per_epoch=STEPS_PER_EPOCH, precision=precision, class_weights=class_weights)
 
 
 def take_steps(learner: Learner, steps: range, **options: Any) -> list[npt.NDArray[np.float32]]:
@@ -154,6 +156,20 @@ def take_steps(learner: Learner, steps: range, **options: Any) -> list[npt.NDArr
 
 def floats(model: keras.Model) -> list[npt.NDArray[np.float32]]:
     return [variable.numpy() for variable in model.variables if variable.dtype == "float32"]
+
+
+@pytest.mark.parametrize(("class_weights", "expected"), [((1.0, 1.0), 0.25), ((2 / 3, 2.0), 0.5)])
+def test_the_classes_weights_decide_what_is_learnt_of_images_that_look_the_same(
+    class_weights: tuple[float, float], expected: float
+) -> None:
+    """A quarter of them are dogs. No network can tell them apart, so it learns the shares of the weights."""
+    learner = learner_of("resnet", class_weights=class_weights, augment=False, learning_rate=0.003, epochs=60)
+    images = np.full((BATCH_SIZE, SIZE, SIZE, 3), 128, np.uint8)
+    labels = (np.arange(BATCH_SIZE) % 4 == 0).astype(np.int8)
+    for step in range(60 * STEPS_PER_EPOCH):
+        learner.train_step(images, labels, step=step, crop_size=SIZE)
+    assert labels.mean() == pytest.approx(0.25, abs=0.02)
+    assert 1 / (1 + np.exp(-learner.logits(images[:1])[0])) == pytest.approx(expected, abs=0.1)
 
 
 def test_the_average_follows_its_formula() -> None:

@@ -146,7 +146,8 @@ class RunRecord(records.Record):
 
     def _minimum(self) -> str:
         minimum = self.config["min_failures"]
-        return f", and --min-failures {minimum - 1} in any case" if self.config["max_failed_fraction"] else ""
+        has_effect = minimum > 1 and self.config["max_failed_fraction"]
+        return f", and --min-failures {minimum - 1} in any case" if has_effect else ""
 
 
 def _is_exceeded(books: Books, config: PredictConfig) -> bool:

@@ -286,6 +286,7 @@ class _Worker:
         if not math.isfinite(loss):
             raise TrainingError(
                 "the loss must stay finite; a lower --learning-rate may help, in another --output. "
+                "The last good checkpoint is kept. "
                 f"Received: loss={loss} in epoch {epoch + 1}"
             )
 

@@ -78,7 +78,7 @@ def resolve(config: TrainConfig) -> ResolvedTrainConfig:
     defaults: dict[str, Any] = {
         "epochs": epochs,
         "head_epochs": 0 if weights == "none" else min(recipe.head_epochs, epochs),
-        "batch_size": max(config.num_workers, recipe.batch_size),
+        "batch_size": recipe.batch_size,
         "image_size": recipe.image_size if parent is None else parent["image_size"],
         "learning_rate": recipe.learning_rate,
     }
