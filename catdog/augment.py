@@ -40,6 +40,7 @@ def random_views(
     rotation_deg: float,
     seed: tf.Tensor,
     rows: Rows | None = None,
+    colour_strength: float = 1.0,
 ) -> tf.Tensor:
     """A random view of each image: flipped, rotated, zoomed, shifted, and with other light and colours.
 
@@ -53,6 +54,7 @@ def random_views(
         rotation_deg: largest rotation either way, in degrees.
         seed: int32 (2,). The same seed gives the same views.
         rows: where these images stand in the whole batch; None if they are the whole batch.
+        colour_strength: multiplies the largest changes of brightness, contrast and saturation.
 
     Returns:
         float32 (B, T, T, C), 0 to 255.
@@ -90,9 +92,9 @@ def random_views(
         fill_mode="REFLECT",
     )
 
-    brightness_B = _between(draws_9B[6], -1.0, 1.0) * MAX_BRIGHTNESS * 127.5
-    contrast_B = 1.0 + _between(draws_9B[7], -1.0, 1.0) * MAX_CONTRAST
-    saturation_B = 1.0 + _between(draws_9B[8], -1.0, 1.0) * MAX_SATURATION
+    brightness_B = _between(draws_9B[6], -1.0, 1.0) * (MAX_BRIGHTNESS * colour_strength) * 127.5
+    contrast_B = 1.0 + _between(draws_9B[7], -1.0, 1.0) * (MAX_CONTRAST * colour_strength)
+    saturation_B = 1.0 + _between(draws_9B[8], -1.0, 1.0) * (MAX_SATURATION * colour_strength)
     grey_BTT1 = tf.reduce_mean(views_BTTC, axis=-1, keepdims=True)
     # ((grey + (view - grey) * saturation) - 127.5) * contrast + 127.5 + brightness, written so as to take few passes.
     offset_BTT1 = grey_BTT1 * _per_image((1.0 - saturation_B) * contrast_B) + _per_image(

@@ -163,8 +163,8 @@ def test_classes_weigh_the_same_if_asked_to(dataset: str, tmp_path: Path) -> Non
     info = load_info(dataset)
     num_cats, num_dogs = info.counts["train"]["cat"], info.counts["train"]["dog"]
     assert num_cats > 2 * num_dogs > 0
-    assert group._class_weights(resolve(config(dataset, tmp_path)), info) == (1.0, 1.0)
-    of_cats, of_dogs = group._class_weights(resolve(config(dataset, tmp_path, class_weights="auto")), info)
+    assert group.class_weights(resolve(config(dataset, tmp_path)), info) == (1.0, 1.0)
+    of_cats, of_dogs = group.class_weights(resolve(config(dataset, tmp_path, class_weights="auto")), info)
     assert of_cats * num_cats == pytest.approx(of_dogs * num_dogs)
     assert of_cats * num_cats + of_dogs * num_dogs == pytest.approx(num_cats + num_dogs)
     # Images of one grey: no network can tell them apart, and all get the label of the same class.

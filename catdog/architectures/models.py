@@ -17,12 +17,14 @@ TEMPERATURE_LAYER: Final = "temperature"
 PROBABILITY_LAYER: Final = "prob_dog"
 
 
-def build_model(name: str, image_size: int) -> keras.Model:
+def build_model(name: str, image_size: int, *, depth: int | None = None, width: float | None = None) -> keras.Model:
     """A freshly initialised model, in Keras's current dtype policy.
 
     Args:
         name: one of `ARCHITECTURES`.
         image_size: pixels per side, `S`. An architecture without `fixed_size` also takes other sizes.
+        depth: number of residual blocks; None for the usual one, and where the architecture has but one.
+        width: multiple of the usual numbers of channels; None as for `depth`.
 
     Returns:
         A model from pixels (B, S, S, 3), 0 to 255, to `prob_dog`, float32 (B, 1).
@@ -36,7 +38,8 @@ def build_model(name: str, image_size: int) -> keras.Model:
         x = chosen.backbone.preprocess(pixels)
     else:
         x = keras.layers.Rescaling(1 / 127.5, offset=-1.0, name="scale")(pixels)
-    features = chosen.build_features(x)
+    given = {"depth": depth, "width": width}
+    features = chosen.build_features(x, **{key: value for key, value in given.items() if value is not None})
     # float32 whatever the policy: bfloat16 has 8 bits of mantissa, too few for a calibrated logit.
     logits = keras.layers.Dense(1, dtype="float32", name=LOGITS_LAYER)(features)
     return _with_probability(pixels, logits, name)

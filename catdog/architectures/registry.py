@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from catdog.architectures.backbones import BACKBONES, Backbone
-from catdog.architectures.scratch import cnn_features, resnet_features
+from catdog.architectures.scratch import RESNET_DEPTH, cnn_features, resnet_features
 from catdog.errors import UsageError
 
 
@@ -63,8 +63,9 @@ class Architecture:
     """A network, without its last layer, and its recipe."""
 
     name: str
-    build_features: Callable[[Any], Any]
-    """Turns symbolic pixels, (B, H, W, 3), scaled to -1..1 or as the backbone expects, into features, (B, F)."""
+    build_features: Callable[..., Any]
+    """Turns symbolic pixels, (B, H, W, 3), scaled to -1..1 or as the backbone expects, into features, (B, F). Where
+    there is a `usual_depth`, it takes `depth` and `width`, too."""
 
     fixed_size: bool
     """Whether the shapes of the weights depend on the image size."""
@@ -75,6 +76,14 @@ class Architecture:
 
     min_image_size: int = 32
     """Smallest image size, in pixels per side. A smaller image would leave no pixel for the last layers."""
+
+    usual_depth: int | None = None
+    """Number of residual blocks unless the command line says otherwise; None where depth and width are fixed."""
+
+    @property
+    def usual_width(self) -> float | None:
+        """Multiple of the usual numbers of channels unless the command line says otherwise; None as `usual_depth`."""
+        return None if self.usual_depth is None else 1.0
 
     @property
     def has_backbone(self) -> bool:
@@ -128,6 +137,7 @@ ARCHITECTURES: Final = {
             "resnet",
             resnet_features,
             fixed_size=False,
+            usual_depth=RESNET_DEPTH,
             recipe=Recipe(
                 image_size=160,
                 crop_scales=(0.4, 0.5, 0.6, 0.7, 0.8),

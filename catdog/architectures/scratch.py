@@ -29,9 +29,24 @@ def cnn_features(x: Any) -> Any:
     return layers.Dense(512, activation="relu")(x)
 
 
-def resnet_features(x: Any) -> Any:
-    """A stem with stride 2; three stages, each of a convolution, max-pooling and residual pairs; a global average."""
+RESNET_DEPTH: Final = 5
+
+_RESNET_CHANNELS: Final = (64, 128, 256)
+"""Of the three stages."""
+
+
+def resnet_features(x: Any, *, depth: int = RESNET_DEPTH, width: float = 1.0) -> Any:
+    """A stem with stride 2; three stages, each of a convolution, max-pooling and residual pairs; a global average.
+
+    Args:
+        x: pixels.
+        depth: number of residual pairs of convolutions. The stages share them; the last ones have what is left over.
+        width: multiplies the numbers of channels, which are rounded to multiples of 8.
+    """
     from keras import layers
+
+    def channels_of(usual: int) -> int:
+        return max(8, 8 * round(usual * width / 8))
 
     def convolution(x: Any, channels: int, *, strides: int = 1, pool: bool = False) -> Any:
         x = layers.Conv2D(channels, 3, strides=strides, padding="same", use_bias=False)(x)
@@ -40,9 +55,10 @@ def resnet_features(x: Any) -> Any:
         x = fast_layers.batch_normalization(momentum=BATCHNORM_MOMENTUM)(x)
         return layers.Activation("relu")(x)
 
-    x = convolution(x, 32, strides=2)
-    for channels, num_pairs in ((64, 1), (128, 2), (256, 2)):
+    x = convolution(x, channels_of(32), strides=2)
+    for stage, usual in enumerate(_RESNET_CHANNELS):
+        channels = channels_of(usual)
         x = convolution(x, channels, pool=True)
-        for _ in range(num_pairs):
+        for _ in range((depth + stage) // len(_RESNET_CHANNELS)):
             x = layers.Add()([x, convolution(convolution(x, channels), channels)])
     return layers.GlobalAveragePooling2D()(x)

@@ -48,9 +48,29 @@ class TrainConfig:
     learning_rate: float | None = None
     """Highest learning rate of Adam, reached after a warm-up. The default is the network's own."""
 
+    weight_decay: float | None = None
+    """Weight decay of AdamW, which applies to kernels alone. The default is the network's own."""
+
+    label_smoothing: float | None = None
+    """Share of every label that is spread over both classes, from 0 to below 1. The default is the network's own."""
+
+    depth: int | None = None
+    """Number of residual blocks of resnet, the only network that takes this flag. The default is 5."""
+
+    width: float | None = None
+    """Number of channels of resnet, as a multiple of its usual ones: 0.5 halves them. The default is 1."""
+
     augment: bool = True
     """Vary the training images at random: flip, rotate, zoom, shift and recolour them; also cut them into smaller crops
     and mix them (cutmix), where the network's recipe says so."""
+
+    augment_strength: float = 1.0
+    """How much the training images are rotated, recoloured and mixed, as a multiple of what the network's recipe says:
+    from 0 to 3."""
+
+    min_area: float | None = None
+    """Smallest share of an image that a random crop shows in training, above 0; 1 crops nothing. The default is the
+    network's own."""
 
     shuffle: bool = True
     """Visit the training images in a new random order in every epoch."""
@@ -112,6 +132,7 @@ class TrainConfig:
             "checkpoint_steps",
         )
         checks.at_least(self, 32, "image_size")
+        checks.at_least(self, 1, "depth")
         checks.at_least(self, 0, "head_epochs", "max_failures", "seed")
         checks.require(self.seed < 2**31, f"--seed must be below {2**31}", self.seed)
         checks.require(
@@ -123,6 +144,26 @@ class TrainConfig:
         checks.require(
             rate is None or (rate > 0 and math.isfinite(rate)), "--learning-rate must be a finite number above 0", rate
         )
+        self._check_recipe()
         checks.in_order(self, "num_workers", "batch_size")
         checks.in_order(self, "min_workers", "num_workers")
         checks.in_order(self, "head_epochs", "epochs")
+
+    def _check_recipe(self) -> None:
+        """Validate what stands in the place of a network's recipe."""
+        decay, smoothing, strength, area, width = (
+            self.weight_decay,
+            self.label_smoothing,
+            self.augment_strength,
+            self.min_area,
+            self.width,
+        )
+        checks.require(
+            decay is None or 0 <= decay < math.inf, "--weight-decay must be a finite number of at least 0", decay
+        )
+        checks.require(
+            smoothing is None or 0 <= smoothing < 1, "--label-smoothing must be at least 0 and below 1", smoothing
+        )
+        checks.require(0 <= strength <= 3, "--augment-strength must lie between 0 and 3", strength)
+        checks.require(area is None or 0 < area <= 1, "--min-area must be above 0 and at most 1", area)
+        checks.require(width is None or 0.125 <= width <= 8, "--width must lie between 0.125 and 8", width)

@@ -63,7 +63,7 @@ def run(request: Request, *, in_memory: bool | None, observers: Sequence[Observe
             steps_per_epoch=info.num_images("train") // config.batch_size,
             train=train,
             val=val,
-            class_weights=_class_weights(config, info),
+            class_weights=class_weights(config, info),
             claim_url=request.claim.url,
             weights=None if request.weights is None else ray.put(request.weights),
             card={
@@ -79,7 +79,7 @@ def run(request: Request, *, in_memory: bool | None, observers: Sequence[Observe
     return tally.num_repeated_steps
 
 
-def _class_weights(config: ResolvedTrainConfig, info: DatasetInfo) -> tuple[float, float]:
+def class_weights(config: ResolvedTrainConfig, info: DatasetInfo) -> tuple[float, float]:
     """The weight of an image of each class in the loss. Their mean over the training images is 1."""
     if config.class_weights == "none":
         return 1.0, 1.0

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from catdog import architectures, bundle, provenance, storage
+from catdog.architectures import Architecture
 from catdog.config import TrainConfig
 from catdog.dataset import reading
 from catdog.errors import BundleError, OutputRefusedError, TrainingError, UsageError
@@ -32,8 +33,12 @@ _NOT_THE_RESULT: Final = (
 """Fields that may differ when a training is resumed: they say where and how fast it computes."""
 
 
-_SINCE: Final = {"class_weights": "none", "early_stopping": None, "from_id": None}
+_SINCE: Final = {"class_weights": "none", "early_stopping": None, "from_id": None, "augment_strength": 1.0}
 """Fields that older versions did not have, and what they did. So a training that one of them began can be resumed."""
+
+_OF_RECIPE: Final = ("weight_decay", "label_smoothing", "min_area")
+"""Fields for which older versions took the value of the network's recipe. As with `depth` and `width`, that value has
+no part in the fingerprint."""
 
 _MIN_STEPS: Final = 4
 """Least number of steps of an epoch for which a recipe's batch size is kept."""
@@ -51,6 +56,9 @@ class ResolvedTrainConfig(TrainConfig):
     batch_size: int = field()
     image_size: int = field()
     learning_rate: float = field()
+    weight_decay: float = field()
+    label_smoothing: float = field()
+    min_area: float = field()
     from_id: str | None = None
     """The id of the model to start from."""
 
@@ -81,6 +89,8 @@ def resolve(config: TrainConfig) -> ResolvedTrainConfig:
         "batch_size": recipe.batch_size,
         "image_size": recipe.image_size if parent is None else parent["image_size"],
         "learning_rate": recipe.learning_rate,
+        **{name: getattr(recipe, name) for name in _OF_RECIPE},
+        **_shape(config, architecture, parent),
     }
     chosen: dict[str, Any] = {name: value for name, value in vars(config).items() if value is not None}
     chosen["weights"] = weights if weights in ("none", "imagenet") else storage.absolute(weights)
@@ -97,6 +107,24 @@ def resolve(config: TrainConfig) -> ResolvedTrainConfig:
             f"Received: --image-size={resolved.image_size}"
         )
     return resolved
+
+
+def _shape(config: TrainConfig, architecture: Architecture, parent: dict[str, Any] | None) -> dict[str, Any]:
+    """The depth and the width of the network: the ones asked for, those of the model to start from, or the usual ones.
+
+    Raises:
+        UsageError: the network has but one depth and width, or the model to start from has other ones.
+    """
+    usual = {"depth": architecture.usual_depth, "width": architecture.usual_width}
+    trained = {} if parent is None else parent.get("training_config") or {}
+    found = {name: trained.get(name, value) for name, value in usual.items()}
+    for name, value in found.items():
+        asked = getattr(config, name)
+        if asked is not None and usual[name] is None:
+            raise UsageError(f"--{name} needs --arch resnet. Received: --{name}={asked} --arch={architecture.name}")
+        if asked is not None and parent is not None and asked != value:
+            raise UsageError(f"--{name} must be that of the model to start from, {value}. Received: --{name}={asked}")
+    return found
 
 
 def _arch(config: TrainConfig, parent: dict[str, Any] | None) -> str:
@@ -185,7 +213,7 @@ def accepted(config: TrainConfig) -> Iterator[Request]:
     info = reading.load_info(data)
     if config.batch_size is None:
         resolved = for_few_images(resolved, info.num_images("train"))
-    _check_data(resolved, info)
+    check_data(resolved, info)
     _refuse_foreign(output)
     published = provenance.configuration(resolved)
     record = {"command": "train", "fingerprint": fingerprint(published, info.digest), "config": published}
@@ -221,7 +249,12 @@ def _fetch_weights(config: ResolvedTrainConfig) -> bytes | None:
     return parent.paths[bundle.MODEL_NAME].read_bytes()
 
 
-def _check_data(config: ResolvedTrainConfig, info: reading.DatasetInfo) -> None:
+def check_data(config: ResolvedTrainConfig, info: reading.DatasetInfo) -> None:
+    """Check that a dataset can be trained on as configured.
+
+    Raises:
+        UsageError: it lacks a class, or has too few images.
+    """
     for split in ("train", "val"):
         for name in CLASS_NAMES:
             if info.counts[split][name] == 0:
@@ -239,13 +272,24 @@ def fingerprint(published: dict[str, Any], data_digest: str | None) -> str:
 
     A signature in the weights' URL has no part in it, so that a training can be resumed with another one.
     """
+    since = _since(published["arch"])
     fields = {
         name: value
         for name, value in published.items()
-        if name not in (*_NOT_THE_RESULT, "data") and not (name in _SINCE and value == _SINCE[name])
+        if name not in (*_NOT_THE_RESULT, "data") and not (name in since and value == since[name])
     }
     encoded = json.dumps({"config": fields, "data": data_digest}, sort_keys=True)
     return hashlib.sha256(encoded.encode()).hexdigest()
+
+
+def _since(arch: str) -> dict[str, Any]:
+    """Fields that older versions did not have, and what they did for a network."""
+    architecture = architectures.architecture(arch)
+    return _SINCE | {
+        **{name: getattr(architecture.recipe, name) for name in _OF_RECIPE},
+        "depth": architecture.usual_depth,
+        "width": architecture.usual_width,
+    }
 
 
 def _refuse_foreign(output: str) -> None:

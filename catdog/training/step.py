@@ -75,9 +75,10 @@ class Learner:
         self.precision = PRECISIONS[int(self.sum_over_workers(choice))]
         keras.config.set_dtype_policy("float32" if self.precision == "float32" else f"mixed_{self.precision}")
         with self._strategy.scope():
-            self.model = architectures.build_model(config.arch, image_size)
+            shape: dict[str, Any] = {"depth": config.depth, "width": config.width}
+            self.model = architectures.build_model(config.arch, image_size, **shape)
             self._logits_model = architectures.logits_model(self.model)
-            self.average = architectures.build_model(config.arch, image_size)
+            self.average = architectures.build_model(config.arch, image_size, **shape)
             """The model with the running average of the weights: what is validated and saved."""
             self._average_logits_model = architectures.logits_model(self.average)
             self.optimizer = self._build_optimizer(steps_per_epoch)
@@ -112,7 +113,7 @@ class Learner:
             peak_rate=self._config.learning_rate,
             num_steps=self._config.epochs * steps_per_epoch - head_steps,
         )
-        optimizer = keras.optimizers.AdamW(rate, weight_decay=recipe.weight_decay)
+        optimizer = keras.optimizers.AdamW(rate, weight_decay=self._config.weight_decay)
         optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
         return optimizer
 
@@ -224,21 +225,22 @@ class Learner:
     ) -> tf.Tensor:
         import tensorflow as tf
 
-        recipe = self._recipe
-        smoothing = recipe.label_smoothing
+        recipe, strength = self._recipe, self._config.augment_strength
+        smoothing = self._config.label_smoothing
         targets_B = labels_B * (1 - smoothing) + 0.5 * smoothing
         if self._config.augment:
             rows = augment.Rows(self._share.start, self._share.stop, self._share.batch_size)
             inputs = augment.random_views(
                 images_BSSC,
                 crop_size=crop_size,
-                min_area=recipe.min_area,
-                rotation_deg=recipe.rotation_deg,
+                min_area=self._config.min_area,
+                rotation_deg=recipe.rotation_deg * strength,
                 seed=seed,
                 rows=rows,
+                colour_strength=strength,
             )
-            if recipe.cutmix_area:
-                inputs, targets_B = augment.cutmix(inputs, targets_B, max_area=recipe.cutmix_area, seed=seed, rows=rows)
+            if cutmix_area := recipe.cutmix_area * strength:
+                inputs, targets_B = augment.cutmix(inputs, targets_B, max_area=cutmix_area, seed=seed, rows=rows)
         else:
             inputs = tf.cast(images_BSSC, tf.float32)
         weights = self.model.trainable_variables
