@@ -30,6 +30,7 @@ TRAIN_CONTEXT: Final = "ray.train.v2._internal.execution.context.get_train_conte
 GCS_PING: Final = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 """The remote procedure by which the head of a cluster says that it lives. It needs no argument."""
 
+TOKENS: Final = "ray._raylet.AuthenticationTokenLoader"
 PROGRESS_LOGGER: Final = "ray.data._internal.progress.logger"
 FREE_RESOURCES: Final = "ray._private.state.available_resources_per_node"
 
@@ -45,6 +46,7 @@ NAMES: Final = (
     HEALTH_CHECK_ERROR,
     USER_ERROR,
     TRAIN_CONTEXT,
+    TOKENS,
     PROGRESS_LOGGER,
     FREE_RESOURCES,
 )
@@ -150,7 +152,7 @@ def ping(address: str, timeout_s: float) -> None:
         timeout_s: how long to wait.
 
     Raises:
-        OSError: nothing answers in time, or something that is no Ray.
+        OSError: nothing answers in time, or something that is no Ray, or a Ray that does not know this process's token.
     """
     import grpc  # type: ignore[import-untyped]
 
@@ -160,14 +162,34 @@ def ping(address: str, timeout_s: float) -> None:
     options = [("grpc.enable_http_proxy", 0), ("grpc.enable_retries", 0)]
     with grpc.insecure_channel(address.removeprefix("ray://"), options=options) as channel:
         try:
-            channel.unary_unary(GCS_PING)(b"", timeout=timeout_s, wait_for_ready=False)
+            channel.unary_unary(GCS_PING)(b"", timeout=timeout_s, wait_for_ready=False, metadata=_token_header())
         except grpc.RpcError as error:
             code = error.code()
             if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                 raise OSError(f"what listens there gives no answer as Ray does ({code.name})") from error
             if code == grpc.StatusCode.UNIMPLEMENTED and not address.startswith("ray://"):
                 raise OSError("what listens there is not the head of a Ray cluster") from error
-            # Any other refusal, for lack of a token for example, is an answer of Ray's.
+            if code == grpc.StatusCode.UNAUTHENTICATED:
+                raise OSError(
+                    "that cluster wants a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the token of the cluster "
+                    "unless it lies in ~/.ray/auth_token"
+                ) from error
+            # Any other refusal is an answer of Ray's.
+
+
+def _token_header() -> tuple[tuple[str, str], ...]:
+    """The token by which Ray knows its own, where `RAY_AUTH_MODE` says that there is one.
+
+    Raises:
+        OSError: there is none.
+    """
+    from ray.exceptions import AuthenticationError
+
+    loader = find(TOKENS)
+    try:
+        return () if loader is None else tuple(loader.instance().get_token_for_http_header().items())
+    except AuthenticationError as error:
+        raise OSError(str(error)) from error
 
 
 def quiet_ray_data(context: Any) -> None:

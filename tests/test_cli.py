@@ -414,7 +414,7 @@ def test_answers_at_once_without_ray_or_tensorflow(line: str, exit_code: int) ->
 def test_job_scripts_are_the_same_code(job: str) -> None:
     runs = [
         subprocess.run([sys.executable, *start, "--bogus"], capture_output=True, text=True, cwd=PROJECT)
-        for start in (["-m", f"jobs.{job}"], ["-c", "import sys; from catdog.cli import main; sys.exit(main())", job])
+        for start in (["-m", f"jobs.{job}"], ["-m", "catdog", job])
     ]
     assert runs[0].returncode == runs[1].returncode == 2
     assert runs[0].stderr == runs[1].stderr

@@ -51,7 +51,7 @@ def test_demo_learns_the_drawings_and_leaves_other_files_alone(
     (output / "demo.json").write_text('{"command": "demo"}')
     for name in ("model/of-an-earlier-demo", "notes.txt"):
         (output / name).write_text("{}")
-    line = [sys.executable, "-c", "import sys; from catdog.cli import main; sys.exit(main())", "demo"]
+    line = [sys.executable, "-m", "catdog", "demo"]
     run = subprocess.run([*line, "--output", str(output), "--json"], capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr
     record = json.loads(run.stdout)

@@ -36,7 +36,7 @@ def ray_of_this_module() -> Iterator[None]:
 
 def catdog(*args: object) -> tuple[int, list[str]]:
     """(exit code, error lines) of a command line of its own, on the Ray of this module."""
-    program = [sys.executable, "-c", "import sys; from catdog.cli import main; sys.exit(main())"]
+    program = [sys.executable, "-m", "catdog"]
     line = [*program, *map(str, args), "--ray-address", ray.get_runtime_context().gcs_address]
     result = subprocess.run(line, capture_output=True, text=True, timeout=150)
     return result.returncode, [said for said in result.stderr.splitlines() if said.startswith("error: ")]

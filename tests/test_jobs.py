@@ -1,6 +1,7 @@
 """The entry scripts, submitted to a real Ray cluster as `ray job submit` does it."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import secrets
@@ -33,9 +34,18 @@ NUM_PICTURES = 64
 Submit = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """A cluster of one node, whose token no file has."""
+
+    environment: dict[str, str]
+    head: str
+    submit: Submit
+    """Submits a job and waits for the end."""
+
+
 @pytest.fixture(scope="module")
-def submit() -> Iterator[Submit]:
-    """Starts a cluster of one node; a function that submits a job to it and waits for the end."""
+def cluster() -> Iterator[Cluster]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -55,28 +65,33 @@ def submit() -> Iterator[Submit]:
     ]
     log = Path(temporary, "start.log")
     with log.open("w") as output:
-        cluster = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
     def run(*entrypoint: str) -> subprocess.CompletedProcess[str]:
         line = ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--", *entrypoint]
         return subprocess.run(line, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=500)
 
     try:
-        wait_for_dashboard(address, environment["RAY_AUTH_TOKEN"], cluster, log)
-        yield run
+        wait_for_dashboard(address, environment["RAY_AUTH_TOKEN"], process, log)
+        yield Cluster(environment, f"127.0.0.1:{gcs}", run)
     finally:
-        cluster.send_signal(signal.SIGTERM)  # `ray start --block` ends its own processes, and no others
-        cluster.wait(60)
+        process.send_signal(signal.SIGTERM)  # `ray start --block` ends its own processes, and no others
+        process.wait(60)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def wait_for_dashboard(address: str, token: str, cluster: subprocess.Popen[bytes], log: Path) -> None:
+@pytest.fixture
+def submit(cluster: Cluster) -> Submit:
+    return cluster.submit
+
+
+def wait_for_dashboard(address: str, token: str, process: subprocess.Popen[bytes], log: Path) -> None:
     request = urllib.request.Request(f"{address}/api/version", headers={"Authorization": f"Bearer {token}"})
     deadline = time.monotonic() + 120
     while True:
         with contextlib.suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(request, timeout=10):
             return
-        assert cluster.poll() is None, log.read_text()
+        assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.5)
 
@@ -131,3 +146,31 @@ def test_a_failed_job_fails_the_submission(submit: Submit) -> None:
     run = submit("python", "-m", "jobs.predict", "--images", "i", "--model", "m", "--output", "o", "--batch-size", "0")
     assert run.returncode != 0
     assert "error: --batch-size must be at least 1. Received: --batch-size=0" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("settings", "received"),
+    [
+        ({}, "that cluster wants a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the token of the cluster"),
+        ({"RAY_AUTH_MODE": "token"}, "Token authentication is enabled but Ray couldn't find an authentication token"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}, "that cluster wants a token"),
+    ],
+)
+def test_a_cluster_that_wants_a_token_is_named(
+    cluster: Cluster, tmp_path: Path, settings: dict[str, str], received: str
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    drawings.draw("cat", (3, 1)).save(tmp_path / "pictures" / "cat.png")
+    environment = {name: value for name, value in cluster.environment.items() if not name.startswith("RAY_AUTH")}
+    environment |= {"HOME": str(tmp_path), "RAY_ADDRESS": cluster.head, **settings}
+    places = ["--images", str(tmp_path / "pictures"), "--output", str(tmp_path / "out")]
+    line = [sys.executable, "-m", "catdog", "predict", *places]
+    run = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 2
+    assert f"Received: {cluster.head}: {received}" in run.stderr
+    # What the error advises is what works.
+    if not settings:
+        token = {name: value for name, value in cluster.environment.items() if name.startswith("RAY_AUTH")}
+        run = subprocess.run(line, env=environment | token, capture_output=True, text=True, timeout=100)
+        assert run.returncode == 0, run.stderr
+        assert "leaked" not in run.stderr  # DuckDB's farewell

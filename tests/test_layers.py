@@ -39,6 +39,7 @@ LAYERS = [
     {"demo"},
     {"streams"},
     {"cli"},
+    {"__main__"},
 ]
 # The readers of a dataset's shards are `dataset`'s.
 SIDEWAYS = {("training", "dataset")}

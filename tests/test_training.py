@@ -104,7 +104,7 @@ def command(config: TrainConfig) -> list[str]:
     """A command line that trains so."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(config).items() if value is not None]
     switches = [flag for flag in flags if not flag.endswith(("=True", "=False"))]  # those have their defaults
-    return [sys.executable, "-c", "import sys; from catdog.cli import main; sys.exit(main())", "train", *switches]
+    return [sys.executable, "-m", "catdog", "train", *switches]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from catdog.errors import ImageError
 from catdog.storage import SourceFile
 from catdog.storage.urls import split_member
 
-CATDOG: Final = (sys.executable, "-c", "import sys; from catdog.cli import main; sys.exit(main())")
+CATDOG: Final = (sys.executable, "-m", "catdog")
 """What the script `catdog` runs."""
 
 Rows = Mapping[str, tuple[Any, ...]]
