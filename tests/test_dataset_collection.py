@@ -177,11 +177,11 @@ def test_rows_that_name_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture
         f"2 of 4 rows of {table} name no listed file or have no label; the first of them, row 2 of {table}: 'gone.jpg'"
         in caplog.text
     )
-    table.write_bytes(b"uri,label\n" + b"".join(b"C:\\old\\%d.jpg,cat\n" % number for number in range(40)))
+    table.write_bytes(b"uri,label\n" + b"".join(b"C:\\old\\%d-.jpg,cat\n" % number for number in range(40)))
     with (
         pytest.raises(
             UsageError,
-            match=r"none of the 40 rows of \S+ names one; first row: 'C:\S+0.jpg', first file: \S+/pets/1.jpg$",
+            match=r"none of the 40 rows of \S+ names one; first row: 'C:\S+0-.jpg', first file: \S+/pets/1.jpg$",
         ),
         listed(root, table),
     ):

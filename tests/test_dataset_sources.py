@@ -29,9 +29,25 @@ def test_several_places(tmp_path: Path) -> None:
     fill(str(tmp_path), {"a/cat.1.jpg": JPEG, "b/dogs/1.jpg": JPEG, "c.jpg": JPEG})
     assert listed(f"{tmp_path}/a", f"{tmp_path}/b") == {f"{tmp_path}/a/cat.1.jpg": 0, f"{tmp_path}/b/dogs/1.jpg": 1}
     assert PrepareConfig(images=("a",), output="o").images == "a"  # as in the datasets of one place
-    pq.write_table(pa.table({"uri": ["cat.1.jpg"], "label": ["cat"]}), tmp_path / "labels.parquet")
-    with pytest.raises(UsageError, match=r"A table of labels needs a single place of images\. Received: 2 places"):
-        listed(f"{tmp_path}/a", f"{tmp_path}/b", labels=f"{tmp_path}/labels.parquet")
+
+
+def test_a_table_of_labels_for_several_places(tmp_path: Path) -> None:
+    fill(str(tmp_path), {"a/1.jpg": JPEG, "b/x/2.jpg": JPEG, "b/3.jpg": JPEG, "a/3.jpg": JPEG})
+    pq.write_table(pa.table({"uri": ["1.jpg", "x/2.jpg", "3.jpg"], "label": ["dog", "cat", "cat"]}), tmp_path / "l.pq")
+    places, table = (f"{tmp_path}/a", f"{tmp_path}/b"), f"{tmp_path}/l.pq"
+    assert listed(*places, labels=table, exclude=("3.jpg",)) == {f"{tmp_path}/a/1.jpg": 1, f"{tmp_path}/b/x/2.jpg": 0}
+    with pytest.raises(UsageError, match=r"Every image needs a label: .*2 of 4 files without one.*/a/3\.jpg$"):
+        listed(*places, labels=table)  # which of the two is meant?
+
+
+def test_several_manifests_and_a_folder(tmp_path: Path) -> None:
+    fill(str(tmp_path), {"a/1.jpg": JPEG, "a/dog.2.jpg": JPEG, "b/3.jpg": JPEG, "c/dogs/4.jpg": JPEG})
+    (tmp_path / "a/train.csv").write_text("file,label\n1.jpg,cat\ndog.2.jpg,cat\n")
+    (tmp_path / "b/val.csv").write_text("file,class\n3.jpg,dog\n")
+    manifests = f"{tmp_path}/a/train.csv", f"{tmp_path}/b/val.csv"
+    found = {f"{tmp_path}/a/1.jpg": 0, f"{tmp_path}/a/dog.2.jpg": 0, f"{tmp_path}/b/3.jpg": 1}
+    assert listed(*manifests) == found
+    assert listed(*manifests, f"{tmp_path}/c") == {**found, f"{tmp_path}/c/dogs/4.jpg": 1}
 
 
 def test_include_and_exclude(tmp_path: Path) -> None:

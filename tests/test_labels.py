@@ -12,6 +12,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from storage_case import make_zip
 from test_dataset import encoded, picture
 
 from catdog.config import PrepareConfig
@@ -111,7 +112,9 @@ def test_folders_of_any_depth(tmp_path: Path) -> None:
 
 def test_folders_and_prefixes_of_other_words(tmp_path: Path) -> None:
     root = photos(tmp_path / "pets", "n02123045/deep/n1.jpg", "00-dog/2.jpg", "x/puppy.3.jpg")
-    with pytest.raises(UsageError, match=r"--class-names gives other names. Received: 3 of 3 files without one"):
+    with pytest.raises(
+        UsageError, match=r"--class-names gives other names, .* out. Received: 3 of 3 files without one"
+    ):
         labels(root)
     names = ("cat=kitten,n02123045", "dog=puppy,00-dog")
     assert labels(root, class_names=names) == {"00-dog/2.jpg": 1, "n02123045/deep/n1.jpg": 0, "x/puppy.3.jpg": 1}
@@ -172,6 +175,30 @@ def test_a_drive_letter_leads_nowhere_else(tmp_path: Path) -> None:
     table = write(tmp_path / "t.csv", "path,label\nC:\\pets\\train\\1.jpg,cat\nC:\\pets\\val\\2.jpg,dog\n")
     with pytest.raises(UsageError, match=r"Every image needs a label.*1 of 2 files"):
         labels(root, labels=table)
+
+
+@pytest.mark.parametrize("elsewhere", ["/home/me/", "C:\\Users\\me\\", "s3://bucket/me/", "/data/upload/x/../me/"])
+def test_a_collection_that_was_moved(tmp_path: Path, elsewhere: str, caplog: pytest.LogCaptureFixture) -> None:
+    root = photos(tmp_path / "pets", "a/1.jpg", "b/1.jpg", "2.png")
+    names = [name.replace("/", "\\" if "\\" in elsewhere else "/") for name in ("a/1.jpg", "b/1", "2.png", "3.png")]
+    rows = [f"{elsewhere}{name},{label}" for name, label in zip(names, (0, 1, 0, 1), strict=True)]
+    table = write(tmp_path / "t.csv", "\n".join(["path,label", *rows]))
+    assert labels(root, labels=table) == {"a/1.jpg": 0, "b/1.jpg": 1, "2.png": 0}
+    assert "3 rows name files in " in caplog.text
+    archive = tmp_path / "pets.zip"
+    archive.write_bytes(make_zip(dict.fromkeys(["a/1.jpg", "b/1.jpg", "2.png"], JPEG)))
+    assert sorted(map(str, labels(archive, labels=table).values())) == ["0", "0", "1"]
+
+
+def test_a_bare_name_is_found_in_any_folder_if_only_one_has_it(tmp_path: Path) -> None:
+    root = photos(tmp_path / "pets", "train/1.jpg", "train/2.jpg", "x/3.jpg", "y/3.jpg")
+    table = write(tmp_path / "t.csv", "id,label\n1,0\n2.jpg,1\n3,1\n")
+    with pytest.raises(UsageError, match=r"--exclude x/\).*2 of 4 files without one, the first: \S+/x/3.jpg"):
+        labels(root, labels=table)
+    assert labels(root, labels=table, exclude=("x/", "y/")) == {"train/1.jpg": 0, "train/2.jpg": 1}
+    archive = tmp_path / "train.zip"
+    archive.write_bytes(make_zip({"train/1.jpg": JPEG, "train/2.jpg": JPEG}))
+    assert list(labels(archive, labels=table).values()) == [0, 1]
 
 
 def test_the_first_row_that_does_not_fit_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

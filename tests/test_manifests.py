@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,7 +15,7 @@ from storage_case import fill, image_error
 
 from catdog import storage
 from catdog.errors import UsageError
-from catdog.storage import embedded, manifests, tables
+from catdog.storage import embedded, manifests, outages, tables
 from catdog.storage.manifests import Columns
 
 pytest_plugins = ["s3_server", "storage_case"]
@@ -94,7 +95,8 @@ def test_on_each_storage(root: str) -> None:
         (["labels.csv"], False),
         (["read.txt"], False),
         (["0.parquet", "z.jpg"], False),
-        (["0.parquet", "README.md"], False),
+        (["0.parquet", "README.md", "LICENSE"], True),
+        (["LICENSE", "README.md"], False),
         (["_SUCCESS"], False),
     ],
 )
@@ -103,7 +105,7 @@ def test_which_directory_is_a_manifest(tmp_path: Path, names: list[str], is_mani
         suffix = Path(name).name.removesuffix(".gz").rpartition(".")[2]
         data = WRITERS[suffix]([{"filename": "/x/1.jpg"}]) if suffix in WRITERS else b""
         storage.publish_bytes(f"{tmp_path}/{name}", gzip.compress(data) if name.endswith(".gz") else data)
-    data_files = sorted(name for name in names if not name.startswith("_"))
+    data_files = sorted(name for name in names if not name.startswith(("_", "README", "LICENSE")))
     if is_manifest:
         assert uris(tmp_path) == ["/x/1.jpg"] * len(data_files)
     else:
@@ -122,7 +124,7 @@ def test_globs_of_tables(tmp_path: Path) -> None:
     assert uris(f"{tmp_path}/[a]*") == [f"{tmp_path}/a.csv"]
 
 
-@pytest.mark.parametrize("name", [*manifests.COLUMN_NAMES["uri"], "URI", "File_Name", " path "])
+@pytest.mark.parametrize("name", [*tables.COLUMN_NAMES["uri"], "URI", "File_Name", " path "])
 def test_names_of_the_column(tmp_path: Path, name: str) -> None:
     (tmp_path / "t.csv").write_bytes(f"label,{name}\ncat,/x/1.jpg\n".encode())
     assert uris(tmp_path / "t.csv") == ["/x/1.jpg"]
@@ -160,10 +162,11 @@ def test_semicolons_of_excel_and_line_ends_in_quotes(tmp_path: Path) -> None:
         ("t.csv.gz", b"not compressed", r"must be whole: zlib inflate failed"),
         ("t.csv.gz", gzip.compress(b"path\n" + b"/x/1.jpg\n" * 50, mtime=0)[:-9], r"must be whole: Truncated"),
         ("t.csv", b"path,label\n1,2\n3\n", r"must be what its name says: .*Row #3: Expected 2 columns, got 1"),
-        ("t.csv", b"path\n\xe9.jpg\n", r"invalid UTF8"),
-        ("t.csv", "path\n1\n".encode("utf-16"), r"not csv in UTF-8"),
+        ("t.csv", b"path\n\xe9.jpg\n", r"not csv in UTF-8, as which it must be saved"),
+        ("t.csv", "path\n1\n".encode("utf-16-le"), r"must have a column named uri"),
         ("t.jsonl", b'{"path": "1"}\n[1]\n', r"one object a line. Received: \S+, whose row 2 is '\[1\]'"),
-        ("t.json", b'[\n{"path": "1"}\n]\n', r"one object a line. Received: \S+, whose row 1 is '\['"),
+        ("t.json", b'[\n{"path": "1"},\n2]\n', r"must be one of objects. Received: \S+, row 2 is 2$"),
+        ("t.json", b'[\n{"path": "1"}\n', r"must be one of objects. Received: \S+, which is not JSON: "),
         (
             "t.jsonl",
             b'{"path": {"a": 1}}\n',
@@ -175,6 +178,46 @@ def test_what_cannot_be_read(tmp_path: Path, name: str, data: bytes, words: str)
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UsageError, match=words):
         uris(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_unicode_text_of_excel(tmp_path: Path, encoding: str, suffix: str) -> None:
+    """UTF-16 with a mark at its beginning, with tabs, and named .txt."""
+    text = "\ufeff" * (encoding == "utf-16-be") + "Category\tFile_Name\r\ncat\tköter/1.jpg\r\n"
+    for name in ("t.txt", "t.tsv"):
+        path = tmp_path / (name + suffix)
+        path.write_bytes(COMPRESSIONS[suffix](text.encode(encoding)))
+        assert uris(path) == [f"{tmp_path}/köter/1.jpg"]
+    path = tmp_path / ("t.jsonl" + suffix)
+    path.write_bytes(
+        COMPRESSIONS[suffix](("\ufeff" * (encoding == "utf-16-be") + '{"path": "é.jpg"}').encode(encoding))
+    )
+    assert uris(path) == [f"{tmp_path}/é.jpg"]
+
+
+def test_a_txt_with_the_header_of_a_table(tmp_path: Path) -> None:
+    fill(str(tmp_path), {"1.jpg": b"1"})
+    (tmp_path / "t.txt").write_text("label, filename\ncat, 1.jpg\n")
+    assert uris(tmp_path / "t.txt") == [f"{tmp_path}/1.jpg"]
+    (tmp_path / "t.txt").write_text("label, cat.jpg\n2.jpg\n")  # no header: each line is a path
+    assert uris(tmp_path / "t.txt") == [f"{tmp_path}/label, cat.jpg", f"{tmp_path}/2.jpg"]
+
+
+def test_a_json_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = json.dumps([{"path": f"{number}.jpg", "label": "cat"} for number in range(3)], indent=1).encode()
+    (tmp_path / "t.json").write_bytes(b"\xef\xbb\xbf \n" + data)
+    assert uris(tmp_path / "t.json") == [f"{tmp_path}/{number}.jpg" for number in range(3)]
+    monkeypatch.setattr(tables, "MAX_ARRAY_BYTES", 50)
+    with pytest.raises(UsageError, match=r"A JSON array must have at most 50 bytes; write one object a line instead"):
+        uris(tmp_path / "t.json")
+
+
+def test_what_else_a_column_of_names_is_called(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("id,label\n1.jpg,0\n")
+    assert uris(tmp_path / "t.csv") == [f"{tmp_path}/1.jpg"]
+    (tmp_path / "t.csv").write_text("id,image,label\n7,1.jpg,0\n")
+    assert uris(tmp_path / "t.csv") == [f"{tmp_path}/1.jpg"]
 
 
 @pytest.mark.parametrize("data", [b"", b"path\n", b"path\n\n"])
@@ -300,6 +343,19 @@ def test_embedded_images_on_each_storage(root: str, tmp_path: Path) -> None:
     assert storage.is_inside(files[0].uri, root)
 
 
+def test_a_remote_table_is_read_while_only_one_request_may_be_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyarrow reads on threads of its own, which must not wait for those who wait for them."""
+    fsspec.filesystem("memory").store.clear()
+    table = pa.table({"image": [{"bytes": b"%d" % number, "path": None} for number in range(100)]})
+    storage.publish_parquet("memory://narrow/t.parquet", table)
+    files = list(storage.list_images("memory://narrow"))
+    narrow = outages.known("memory://narrow/t.parquet")
+    monkeypatch.setattr(narrow, "_limit", 1.0)
+    monkeypatch.setattr(outages, "MAX_CONNECTIONS", 1)
+    images = storage.read_sources([file.uri for file in files], None, [file.version for file in files])
+    assert list(images) == [b"%d" % number for number in range(100)]
+
+
 def test_columns_of_bytes_and_names_of_classes(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [b"1", None], "label": [1, 0]}), tmp_path / "t.parquet")
     rows = next(manifests.read_rows([f"{tmp_path}/t.parquet"], Columns(), "label"))
@@ -315,3 +371,12 @@ def test_long_tables_stream(tmp_path: Path) -> None:
         sizes = [len(batch) for batch in table.batches(["path"])]
     assert sum(sizes) == 100_000
     assert max(sizes) <= tables.BATCH_ROWS
+
+
+def test_a_copy_of_a_repository_of_hugging_face(tmp_path: Path) -> None:
+    fill(str(tmp_path), {"README.md": b"#", ".gitattributes": b"x", "LICENSE": b"x", "dataset_infos.json": b"{}"})
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table({"image": [{"bytes": b"1", "path": "x"}]}), tmp_path / "data/train-00000-of-00001.parquet")
+    assert uris(tmp_path) == [f"row://image/000000001::{tmp_path}/data/train-00000-of-00001.parquet"]
+    fill(str(tmp_path), {"data/1.jpg": b"x"})
+    assert len(uris(tmp_path)) == 5  # beside a photograph, a table is just another file

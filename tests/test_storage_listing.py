@@ -226,8 +226,8 @@ def test_bad_manifests_are_usage_errors(root: str) -> None:
     storage.publish_bytes(f"{root}/text.parquet", b"not Parquet at all")
     with pytest.raises(UsageError, match=r"A table must be what its name says: .*text\.parquet"):
         storage.list_images(f"{root}/text.parquet")
-    storage.publish_parquet(f"{root}/id.parquet", pa.table({"id": ["a"], "label": ["cat"]}))
-    with pytest.raises(UsageError, match=r"must have a column named uri, .* Received: .* with the columns id, label"):
+    storage.publish_parquet(f"{root}/id.parquet", pa.table({"key": ["a"], "label": ["cat"]}))
+    with pytest.raises(UsageError, match=r"must have a column named uri, .* Received: .* with the columns key, label"):
         storage.list_images(f"{root}/id.parquet")
 
 

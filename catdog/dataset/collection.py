@@ -1,6 +1,7 @@
 """The collection that a dataset is made of: its files, their labels, and the splits that they came with."""
 
 import logging
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from catdog.dataset.labels import Classes
 from catdog.dataset.split import HELD_OUT
 from catdog.errors import ImageError, UsageError
 from catdog.schema import CLASS_NAMES, SPLITS
+from catdog.storage import patterns
 from catdog.storage.manifests import Columns
 from catdog.storage.names import is_other_name, looks_like_image
 from catdog.storage.patterns import Chosen
+from catdog.storage.urls import split_member
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +51,7 @@ def list_collection(connection: duckdb.DuckDBPyConnection, config: PrepareConfig
     """
     classes = Classes(config.other_names)
     tables = label_tables.find(config)
-    has_labels = tables is not None and tables.has_labels
+    has_labels = tables is not None and tables.has_labels and tables.has_all_labels
     create(connection, "listing", LISTING_SCHEMA)
     connection.execute("CREATE TABLE row_splits (row BIGINT, split VARCHAR)")
     takes_prefix = config.labels in ("auto", "prefix") and not has_labels
@@ -69,7 +72,7 @@ def list_collection(connection: duckdb.DuckDBPyConnection, config: PrepareConfig
     num_rows, num_useless = (None, None) if tables is None else label_tables.match(connection, tables, classes)
     if config.labels == "auto" and not has_labels:
         sidecars.set_labels(connection, classes)
-    _check_labels(connection)
+    _check_labels(connection, config)
     return Collection(label_rows=num_rows, unmatched_label_rows=num_useless, given=_set_given(connection, config))
 
 
@@ -84,7 +87,7 @@ _SNIFF_FILES: Final = 64
 """Unlabelled files that are looked into together."""
 
 
-def _check_labels(connection: duckdb.DuckDBPyConnection) -> None:
+def _check_labels(connection: duckdb.DuckDBPyConnection, config: PrepareConfig) -> None:
     """Check that every image has a label, and every class an image. Fill the table `others`."""
     (num_files,) = one_row(connection, "SELECT count(*) FROM listing")
     connection.execute("CREATE TABLE others (row BIGINT, reason VARCHAR, message VARCHAR)")
@@ -100,7 +103,8 @@ def _check_labels(connection: duckdb.DuckDBPyConnection) -> None:
         if images := [uri for (_, uri, _), other in zip(files, others, strict=True) if other is None]:
             raise UsageError(
                 "Every image needs a label: a folder named cat or dog, a file name like cat.123.jpg, or a row in a "
-                "table given with --labels; --class-names gives other names. "
+                "table given with --labels; --class-names gives other names, and --exclude leaves files out"
+                f"{_way_out(connection, config, images[0])}. "
                 f"Received: {num_unlabelled} of {num_files} files without one, the first: {images[0]}"
             )
         rows = [
@@ -112,7 +116,53 @@ def _check_labels(connection: duckdb.DuckDBPyConnection) -> None:
         num_unlabelled -= sum(not is_other_name(uri) for _, uri, _ in files)
     for index, name in enumerate(CLASS_NAMES):
         if one_row(connection, "SELECT count(*) FROM listing WHERE label = ?", [index]) == (0,):
-            raise UsageError(f"Every class must have images. Received: none labelled {name} among {num_files} files")
+            raise UsageError(
+                f"Every class must have images. Received: none labelled {name} among {num_files} files"
+                + _first_other(connection)
+            )
+
+
+def _first_other(connection: duckdb.DuckDBPyConnection) -> str:
+    """In an error, how many files have no label because they cannot be images."""
+    (num, uri, message) = one_row(
+        connection, "SELECT count(*), arg_min(uri, row), arg_min(message, row) FROM others JOIN listing USING (row)"
+    )
+    return f"; {num} have no label, the first: {uri}: {message}" if num else ""
+
+
+def _way_out(connection: duckdb.DuckDBPyConnection, config: PrepareConfig, uri: str) -> str:
+    """In an error, the flag that leaves out the outermost folder of a file that holds no labelled file, if any does."""
+    base = next((found for source in config.sources if (found := _base(source)) and _below(uri, found)), None)
+    if base is None:
+        return ""
+    labelled: set[str] = set()
+    for batch in stream(connection, f"SELECT DISTINCT {FOLDER} AS folder FROM listing WHERE label IS NOT NULL"):
+        for folder in batch["folder"].to_pylist():
+            parts = [part for part in _below(folder, base).split("/") if part]
+            labelled.update("/".join(parts[: depth + 1]) for depth in range(len(parts)))
+    parts = _below(uri, base).split("/")[:-1]
+    folders_of_file = ("/".join(parts[: depth + 1]) for depth in range(len(parts)))
+    outermost_one = next((folder for folder in folders_of_file if folder not in labelled), None) if labelled else None
+    return "" if outermost_one is None else f" (--exclude {shlex.quote(outermost_one + '/')})"
+
+
+def _base(source: str) -> str:
+    """The directory or the archive that a place of images is, or where a glob starts."""
+    place = storage.absolute(source)
+    is_glob = patterns.is_glob(place) and not storage.exists(place)
+    return patterns.fixed(place).rpartition("/")[0] if is_glob else place
+
+
+def _below(uri: str, base: str) -> str:
+    """The path of a file, or of a folder, below a place of images, as --exclude has it; "" if it is not there."""
+    inner: list[str] = []
+    while uri != base and (chained := split_member(uri)) is not None:
+        inner.insert(0, chained[0])
+        uri = chained[1]
+    if uri != base and not uri.startswith(base.rstrip("/") + "/"):
+        return ""
+    outer = uri.removeprefix(base).strip("/")
+    return "/".join([outer, *inner] if outer else inner)
 
 
 def _others(files: list[tuple[int, str, int]]) -> Iterator[tuple[str, str] | None]:

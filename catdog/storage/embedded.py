@@ -12,8 +12,8 @@ import os
 import re
 import threading
 import urllib.parse
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Callable, Iterator
+from typing import Final, TypeVar
 
 import pyarrow as pa
 
@@ -21,6 +21,8 @@ from catdog.errors import ImageError, UsageError
 from catdog.storage import tables
 from catdog.storage.filesystems import attempt, describe, info, version_of, version_of_status
 from catdog.storage.urls import is_local, local_path
+
+T = TypeVar("T")
 
 _ROW: Final = re.compile(r"row://([^/:]*)/(\d+)::(.*)", re.DOTALL)
 
@@ -72,14 +74,22 @@ def read_row(uri: str, version: str | None = None, *, patience_s: float | None =
     if found is None or tables.format_of(found[2]) != "parquet":
         raise ImageError("not_found", "the row names no file")
     column, number, url = found
-    opened = attempt(url, lambda: _open(url, column), patience_s=patience_s)
+    opened = _open(url, column, patience_s)
     if version and version != opened.version:
         raise ImageError("not_found", "the table has changed since it was listed")
     try:
-        image: bytes = attempt(url, lambda: opened.image(number), patience_s=patience_s)
+        return _attempt(url, lambda: opened.image(number), patience_s)
     except (UsageError, pa.ArrowInvalid) as error:
         raise ImageError("decode_failed", f"the table is damaged: {describe(error)}") from error
-    return image
+
+
+def _attempt(url: str, action: Callable[[], T], patience_s: float | None) -> T:
+    """As `attempt` for a local table; a remote one is a `RetryingFile`, which tries again each read by itself.
+
+    Whoever reads a remote table waits for its lock, and pyarrow reads it on other threads: if this call took a place
+    among the requests in flight meanwhile, none might be left for them.
+    """
+    return attempt(url, action, patience_s=patience_s) if is_local(url) else action()
 
 
 class _Images:
@@ -153,14 +163,18 @@ _open_tables: collections.OrderedDict[tuple[str, str, str, int], _Images] = coll
 _lock: Final = threading.Lock()
 
 
-def _open(url: str, column: str) -> _Images:
+def _open(url: str, column: str, patience_s: float | None = None) -> _Images:
     """An open table. A local one that has changed is opened anew; a remote one is looked at when it is opened."""
+
+    def version() -> str:
+        return attempt(url, lambda: version_of_table(url), patience_s=patience_s)
+
     with _lock:
         pid = os.getpid()
         kept = next((key for key in _open_tables if (key[0], key[1], key[3]) == (url, column, pid)), None)
-        if kept is None or (is_local(url) and kept[2] != version_of_table(url)):
-            key = (url, column, version_of_table(url), pid)
-            _open_tables[key] = _Images(url, column, key[2])
+        if kept is None or (is_local(url) and kept[2] != version()):
+            key = (url, column, version(), pid)
+            _open_tables[key] = _attempt(url, lambda: _Images(url, column, key[2]), patience_s)
             if kept is not None:
                 del _open_tables[kept]
             while len(_open_tables) > _MAX_OPEN:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 
 from catdog.errors import StorageError, UsageError
 from catdog.provenance import redact
-from catdog.storage import archives, embedded, manifests, outages, patterns, s3, walking
+from catdog.storage import archives, embedded, inventory, manifests, outages, patterns, s3, walking
 from catdog.storage.filesystems import (
     OBJECT_STORES,
     SourceFile,
@@ -37,8 +37,8 @@ class Listing(Iterator[SourceFile]):
     Attributes:
         skipped: how many things were passed over so far, by reason: `not_an_image` (neither by its name nor by its
             first bytes), `unreadable_directory`, `loop` (a symbolic link that leads to itself or to a directory above
-            it), `not_a_file` (a pipe, a socket, a device; in a tar archive a link). Names that start with a dot are not
-            counted. It is complete when the listing has ended.
+            it), `not_a_file` (a pipe, a socket, a device; in a tar archive a link), `old_version` (in an S3 Inventory).
+            Hidden names are not counted. It is complete when the listing has ended.
     """
 
     def __init__(self) -> None:
@@ -93,7 +93,8 @@ def list_images(
     - a `.zip` or `.tar` archive, compressed (`.tar.gz`, `.tgz`, `.tar.zst`, `.tar.bz2`, `.tar.xz`) or not, or one
       member or one folder of it;
     - a manifest (`catdog.storage.manifests`): a table whose rows name the files, or hold images. A relative name
-      starts at the directory of the table.
+      starts at the directory of the table;
+    - the `manifest.json` of an S3 Inventory (`catdog.storage.inventory`), which lists a bucket.
 
     Archives are read in place, also those that a directory, a glob or another archive holds. If such an archive cannot
     be read, it is listed itself; what is read of it is an error that says why.
@@ -104,11 +105,11 @@ def list_images(
     A manifest may spell a relative name or a local path in several ways (`x`, `./x`, `d/../x`): the file has the uri
     that a listing of its directory gives it. The URL of an object is taken as it is: `d//x` and `d/x` may be two.
 
-    Names that start with a dot are skipped, and so is `__MACOSX`. (`.` and `..` hide nothing: `./photos/cat.jpg`, as
-    some programs name the members of an archive, is listed.) Local directories that may not be read, and symbolic links
-    that lead back, are skipped and counted in `Listing.skipped`. If an archive holds two members of one name, both are
-    listed, each with its own version. Every row of a manifest gives a file, also if an earlier row named the same file,
-    and also if there is no such file (its version is then "").
+    Names that start with a dot are skipped, and so are folders like `__MACOSX` (`names.is_hidden`). (`.` and `..` hide
+    nothing: `./photos/cat.jpg`, as some programs name the members of an archive, is listed.) Local directories that may
+    not be read, and symbolic links that lead back, are skipped and counted in `Listing.skipped`. If an archive holds
+    two members of one name, both are listed, each with its own version. Every row of a manifest gives a file, also if
+    an earlier row named the same file, and also if there is no such file (its version is then "").
 
     Args:
         url: the collection.
@@ -189,7 +190,7 @@ def find_tables(url: str) -> list[str] | None:
     sieve = Sieve(listing.skip, Chosen(), skips_others=False)
     try:
         if _kind(url) == "file":
-            return [url] if manifests.is_table(url) else None
+            return [url] if manifests.is_table(url) and inventory.find(url) is None else None
         files = _walk(url, listing, sieve)
     except (FileNotFoundError, NotADirectoryError):
         if split_member(url) is not None or not patterns.is_glob(url):
@@ -283,6 +284,10 @@ def _list(
     sieve.base = url.rpartition("/")[0] + "/"
     if archive_scheme(url):
         yield from _list_named_archive(url, listing, sieve)
+    elif (objects := inventory.find(url)) is not None:
+        sieve.base = f"s3://{objects.bucket}/"
+        for listed_object in inventory.list_objects(objects, look_up, listing.skip):
+            yield from _opened(Found(listed_object), listing, sieve)
     elif manifests.is_table(url):
         yield from (Found(file, is_named=True) for file in manifests.list_manifest([url], columns, look_up))
     elif (file := look_up(url)) is not None:

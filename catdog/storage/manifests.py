@@ -2,8 +2,9 @@
 
 A file is a manifest if its name is that of a table (`catdog.storage.tables`). So are the files of a directory if all of
 them are tables, and of Parquet, or named `part-*` as Spark names what it writes; names that start with `_`, such as
-`_SUCCESS`, do not count. So are the files that a glob matches, if all are tables and the glob itself ends as the name
-of a table does. Beside photographs, a table is just another file.
+`_SUCCESS`, do not count, nor does what explains the tables, such as `README.md`. So are the files that a glob matches,
+if all are tables and the glob itself ends as the name of a table does. Beside photographs, a table is just another
+file.
 """
 
 import concurrent.futures
@@ -20,24 +21,21 @@ from catdog.provenance import redact
 from catdog.storage import archives, embedded, patterns, tables
 from catdog.storage.filesystems import SourceFile, require
 from catdog.storage.outages import MAX_CONNECTIONS
+from catdog.storage.tables import COLUMN_NAMES, ID_NAMES
 from catdog.storage.urls import is_local, outermost, resolve, split_member
 
-COLUMN_NAMES: Final = {
-    "uri": ("uri", "path", "file", "file_name", "filename", "filepath", "image", "url"),
-    "label": ("label", "labels", "class", "category"),
-    "split": ("split",),
-    "num_bytes": ("num_bytes", "size"),
-    "version": ("version", "etag"),
-}
-"""What a column may be named, in upper or lower case, by what it holds."""
-
 _PART: Final = re.compile(r"part[-.]")
+_ABOUT: Final = re.compile(
+    r"(?:README|LICEN[CS]E|CITATION|dataset_infos?|.*\.(?:md|ya?ml|py|ipynb))(?:\.\w+)?", re.IGNORECASE
+)
+"""Files that lie beside the tables in a copy of one of Hugging Face's repositories."""
+
 _DRIVE: Final = re.compile(r"([A-Za-z]):/+")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Which columns of a table hold what. None: the one that is named as in `COLUMN_NAMES`."""
+    """Which columns of a table hold what. None: the one that is named as in `tables.COLUMN_NAMES`."""
 
     uri: str | None = None
     label: str | None = None
@@ -83,6 +81,8 @@ def tables_among(place: str, files: Iterator[SourceFile]) -> tuple[list[str], It
         below = file.uri.removeprefix(place).lstrip("/")
         if not is_glob_of_tables and any(part.startswith("_") for part in below.split("/")):
             continue
+        if not is_glob_of_tables and _ABOUT.fullmatch(below.rpartition("/")[2]):
+            continue
         kind = tables.format_of(file.uri)
         if kind is None or not (is_glob_of_tables or kind == "parquet" or _PART.match(below.rpartition("/")[2])):
             return [], itertools.chain(seen, files)
@@ -103,6 +103,8 @@ def find(names: Sequence[str], role: str, asked: str | None, url: str) -> str | 
             raise UsageError(f"{flag} must name a column. Received: {flag}={asked}, and {redact(url)} with {listed}")
         return found[0]
     found = [name for known in COLUMN_NAMES[role] for name in names if name.strip().casefold() == known]
+    if not found and role == "uri":
+        found = [name for known in ID_NAMES for name in names if name.strip().casefold() == known]
     if len(found) > 1 and role in ("uri", "label", "split"):
         raise UsageError(f"{flag} must say which column is meant. Received: {redact(url)} with {', '.join(found)}")
     return found[0] if found else None
@@ -242,6 +244,11 @@ def other_spellings(written: str) -> list[str]:
     plain = [stripped] if "://" in stripped else [stripped, stripped.replace("\\", "/")]
     forms = [form for text in plain for form in (text, *(unicodedata.normalize(n, text) for n in ("NFC", "NFD")))]
     return [text for text in dict.fromkeys(forms) if text != written]
+
+
+def has_drive(written: str) -> bool:
+    """Whether a path begins with a drive letter, as on Windows."""
+    return _DRIVE.match(written.replace("\\", "/")) is not None
 
 
 def without_drive(written: str, directory: str) -> list[str]:

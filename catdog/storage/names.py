@@ -87,6 +87,10 @@ def without_archive_suffix(name: str) -> str:
     return name if found is None else name[: found.start() + 1]
 
 
+_SYSTEM: Final = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN"})
+"""What macOS adds to an archive, the folders in which a Synology keeps small copies of photographs, and bins."""
+
+
 def is_hidden(path: str) -> bool:
-    """Whether a name in a path starts with a dot, or is `__MACOSX`. `.` and `..` hide nothing."""
-    return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in path.split("/"))
+    """Whether a name in a path starts with a dot, or is a folder of a system's own. `.` and `..` hide nothing."""
+    return any((part.startswith(".") and part not in (".", "..")) or part in _SYSTEM for part in path.split("/"))

@@ -1,6 +1,8 @@
 """Tables in files: CSV, TSV, lines of text or of JSON, and Parquet; compressed or not. Batches of rows stream.
 
-A format is a function that opens a file of it. A table of lines of text has one column, `uri`.
+A format is a function that opens a file of it. A table of lines of text has one column, `uri`; but a `.txt` whose first
+line has the header of a table, as Excel writes its "Unicode text", is that table. Text is UTF-8, or UTF-16 with the
+mark that Windows writes at its beginning. A file of JSON may also be one array of objects, which is read into memory.
 """
 
 import contextlib
@@ -33,11 +35,27 @@ _NAME: Final = re.compile(
 _COMPRESSIONS: Final = {"gz": "gzip", "zst": "zstd", "bz2": "bz2"}
 """Suffix → pyarrow's name."""
 
+COLUMN_NAMES: Final = {
+    "uri": ("uri", "path", "file", "file_name", "filename", "filepath", "image", "url"),
+    "label": ("label", "labels", "class", "category"),
+    "split": ("split",),
+    "num_bytes": ("num_bytes", "size"),
+    "version": ("version", "etag"),
+}
+"""What a column may be named, in upper or lower case, by what it holds."""
+
+ID_NAMES: Final = ("image_path", "image_name", "image_id", "id")
+"""What else a column of names may be named, if there is none of `COLUMN_NAMES`. Kaggle's tables have `id`."""
+
 _BOM: Final = b"\xef\xbb\xbf"
+_BOMS_16: Final = (b"\xff\xfe", b"\xfe\xff")
 _HEADER_BYTES: Final = 2**20
 """Length of the longest header of a CSV file."""
 
 _READ_BYTES: Final = 2**20
+
+MAX_ARRAY_BYTES: Final = 64 * 2**20
+"""Size of the largest JSON array that is read. In memory, its objects take some ten times as much."""
 
 
 class Embedded(NamedTuple):
@@ -98,13 +116,13 @@ def open_table(url: str) -> Iterator[Table]:
             "A table must be a .csv, .tsv, .txt, .jsonl, .ndjson, .json or .parquet file, compressed (.gz, .zst, .bz2) "
             f"or not. Received: {redact(url)}"
         )
-    with _explaining(url), contextlib.ExitStack() as stack:
+    with explaining(url, kind), contextlib.ExitStack() as stack:
         yield _OPENERS[kind](url, stack)
 
 
 def open_parquet(url: str, stack: contextlib.ExitStack) -> pq.ParquetFile:
     """Open a Parquet file, which `stack` closes."""
-    file = _open_file(url, stack)
+    file = open_file(url, stack)
     if isinstance(file, pa.NativeFile):  # compressed as a whole: Parquet is not read from its beginning to its end
         import tempfile
 
@@ -118,12 +136,13 @@ def open_parquet(url: str, stack: contextlib.ExitStack) -> pq.ParquetFile:
 
 
 @contextlib.contextmanager
-def _explaining(url: str) -> Iterator[None]:
-    kind = format_of(url)
+def explaining(url: str, kind: str) -> Iterator[None]:
+    """Turn the errors that reading a table raises, for what is in it, into `UsageError`."""
     try:
         yield
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as error:
-        words = f"not {kind} in UTF-8" if isinstance(error, UnicodeDecodeError) else describe(error)
+        is_encoding = isinstance(error, UnicodeDecodeError) or "invalid UTF8" in str(error)
+        words = f"not {kind} in UTF-8, as which it must be saved" if is_encoding else describe(error)
         raise UsageError(f"A table must be what its name says: {words}. Received: {redact(url)}") from error
     except OSError as error:
         if error.errno is not None:
@@ -131,8 +150,8 @@ def _explaining(url: str) -> Iterator[None]:
         raise UsageError(f"A table must be whole: {describe(error)}. Received: {redact(url)}") from error
 
 
-def _open_file(url: str, stack: contextlib.ExitStack) -> Any:
-    """A binary file, decompressed."""
+def open_file(url: str, stack: contextlib.ExitStack) -> Any:
+    """A binary file, decompressed, which `stack` closes."""
     file = stack.enter_context(open_read(url))
     found = _NAME.search(url)
     if found is None or not found["compression"]:
@@ -140,8 +159,18 @@ def _open_file(url: str, stack: contextlib.ExitStack) -> Any:
     return stack.enter_context(pa.CompressedInputStream(file, _COMPRESSIONS[found["compression"].lower()]))
 
 
-def _open_lines(url: str, stack: contextlib.ExitStack) -> IO[bytes]:
-    return stack.enter_context(io.BufferedReader(_open_file(url, stack), _READ_BYTES))
+def open_lines(url: str, stack: contextlib.ExitStack) -> IO[bytes]:
+    """A file of lines of text, decompressed and in UTF-8, which `stack` closes."""
+    file = stack.enter_context(io.BufferedReader(open_file(url, stack), _READ_BYTES))
+    if not file.peek(2).startswith(_BOMS_16):
+        return file
+    decoded = pa.transcoding_input_stream(pa.PythonFile(file, "r"), "utf-16", "utf-8")
+    return stack.enter_context(io.BufferedReader(decoded, _READ_BYTES))
+
+
+def _first_line(url: str) -> str:
+    with contextlib.ExitStack() as head, explaining(url, format_of(url) or ""):
+        return open_lines(url, head).readline(_HEADER_BYTES).removeprefix(_BOM).decode().strip("\r\n")
 
 
 def _in_batches(rows: Iterator[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
@@ -150,9 +179,18 @@ def _in_batches(rows: Iterator[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...
 
 
 def _open_text(url: str, stack: contextlib.ExitStack) -> Table:
+    try:
+        header = _first_line(url)
+    except UsageError:  # a path that is not UTF-8, say
+        header = ""
+    for delimiter in "\t;,":
+        names = [name.strip().strip('"').casefold() for name in header.split(delimiter)]
+        if len(names) > 1 and not {*COLUMN_NAMES["uri"], *ID_NAMES}.isdisjoint(names):
+            return _open_csv(url, stack, delimiter=delimiter)
+
     def batches(names: Sequence[str]) -> Iterator[list[tuple[Any, ...]]]:
         # A path of a name that is not UTF-8 is one nevertheless: `find` writes it so.
-        decoded = io.TextIOWrapper(_open_lines(url, stack), "utf-8-sig", errors="surrogateescape", newline="\n")
+        decoded = io.TextIOWrapper(open_lines(url, stack), "utf-8-sig", errors="surrogateescape", newline="\n")
         file = stack.enter_context(decoded)
         lines = (line.removesuffix("\n").removesuffix("\r") for line in file)
         return _in_batches((line,) * len(names) for line in lines if line.strip())
@@ -163,11 +201,15 @@ def _open_text(url: str, stack: contextlib.ExitStack) -> Table:
 def _open_json(url: str, stack: contextlib.ExitStack) -> Table:
     def objects() -> Iterator[dict[str, Any]]:
         number = 0
-        for line in _open_lines(url, stack):
+        lines = open_lines(url, stack)
+        for line in lines:
             text = line.removeprefix(_BOM) if number == 0 else line
             if not text.strip():
                 continue
             number += 1
+            if number == 1 and text.lstrip().startswith(b"["):
+                yield from _array(url, text, lines)
+                return
             try:
                 found = json.loads(text)
             except ValueError as error:
@@ -188,9 +230,27 @@ def _open_json(url: str, stack: contextlib.ExitStack) -> Table:
     return Table(url=url, names=list(dict.fromkeys(itertools.chain(*first))), batches=batches)
 
 
+def _array(url: str, first_line: bytes, lines: IO[bytes]) -> list[dict[str, Any]]:
+    """The objects of a JSON array."""
+    text = first_line + lines.read(MAX_ARRAY_BYTES + 1)
+    if len(text) > MAX_ARRAY_BYTES:
+        raise UsageError(
+            f"A JSON array must have at most {MAX_ARRAY_BYTES} bytes; write one object a line instead, without the "
+            f"brackets and commas around them. Received: {redact(url)}"
+        )
+    try:
+        found = json.loads(text)
+        number = next((number for number, each in enumerate(found, start=1) if not isinstance(each, dict)), None)
+        words = None if number is None else f"row {number} is {str(found[number - 1])[:60]}"
+    except ValueError as error:
+        words = f"which is not JSON: {error}"
+    if words is not None:
+        raise UsageError(f"A JSON array must be one of objects. Received: {redact(url)}, {words}")
+    return list(found)
+
+
 def _open_csv(url: str, stack: contextlib.ExitStack, *, delimiter: str = ",") -> Table:
-    with contextlib.ExitStack() as head, _explaining(url):
-        header = _open_lines(url, head).readline(_HEADER_BYTES).removeprefix(_BOM).decode().strip("\r\n")
+    header = _first_line(url)
     if delimiter == "," and "," not in header:  # as Excel writes them where the comma is that of decimals
         delimiter = next((other for other in (";", "\t") if other in header), delimiter)
     names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
@@ -201,7 +261,7 @@ def _open_csv(url: str, stack: contextlib.ExitStack, *, delimiter: str = ",") ->
         # The other columns are not converted: what they hold must not matter.
         places = [str(names.index(name)) for name in wanted]
         reader = pyarrow.csv.open_csv(
-            _open_file(url, stack),
+            open_lines(url, stack),
             read_options=pyarrow.csv.ReadOptions(
                 column_names=[str(place) for place in range(len(names))], skip_rows=1, use_threads=False
             ),
