@@ -24,6 +24,7 @@ from catdog.storage import patterns
 from catdog.storage.manifests import Columns
 from catdog.storage.names import is_other_name, looks_like_image
 from catdog.storage.patterns import Chosen
+from catdog.storage.sifting import NOT_AN_IMAGE
 from catdog.storage.urls import split_member
 
 logger = logging.getLogger(__name__)
@@ -79,8 +80,18 @@ def list_collection(connection: duckdb.DuckDBPyConnection, config: PrepareConfig
 def _list_sources(config: PrepareConfig) -> Iterator[storage.SourceFile]:
     chosen = Chosen(include=config.include, exclude=config.exclude)
     columns = Columns(uri=config.uri_column)
+    num_listed = num_left_out = 0
     for source in config.sources:
-        yield from storage.list_images(source, exclude=config.output, chosen=chosen, columns=columns)
+        listing = storage.list_images(source, exclude=config.output, chosen=chosen, columns=columns)
+        for file in listing:
+            num_listed += 1
+            yield file
+        num_left_out += listing.num_left_out
+    if num_left_out and not num_listed:
+        raise UsageError(
+            "--include and --exclude must leave some files to prepare. "
+            f"Received: none of the {num_left_out} files and archives in --images. (Globs need quotes.)"
+        )
 
 
 _SNIFF_FILES: Final = 64
@@ -171,7 +182,7 @@ def _others(files: list[tuple[int, str, int]]) -> Iterator[tuple[str, str] | Non
     contents = storage.read_sources([uri for uri, _ in unsure], [num_bytes for _, num_bytes in unsure])
     for _, uri, _ in files:
         if is_other_name(uri):
-            yield "unsupported_format", "neither labelled nor an image by its name"
+            yield NOT_AN_IMAGE, "neither labelled nor an image by its name"
             continue
         content = next(contents)
         if isinstance(content, ImageError):
@@ -179,7 +190,7 @@ def _others(files: list[tuple[int, str, int]]) -> Iterator[tuple[str, str] | Non
         elif looks_like_image(content):
             yield None
         else:
-            yield "unsupported_format", "neither labelled nor an image by its first bytes"
+            yield NOT_AN_IMAGE, "neither labelled nor an image by its first bytes"
 
 
 def _set_given(connection: duckdb.DuckDBPyConnection, config: PrepareConfig) -> dict[str, int]:

@@ -32,7 +32,7 @@ class Classes:
         """`names`: other names than `CLASS_NAMES`, and the indices of their classes (`PrepareConfig.other_names`)."""
         self._names = {folded(name): index for name, index in (names or {}).items()}
         # Who says what one number means, says what all of them mean.
-        self._numbers = {name: index for name, index in self._names.items() if name.isdecimal()}
+        self._numbers = {str(int(float(name))): index for name, index in self._names.items() if _NUMBER.fullmatch(name)}
         if not self._numbers:
             self._numbers = {str(index): index for index in range(len(CLASS_NAMES))}
         longest_first = sorted(self._names, key=len, reverse=True)
