@@ -9,7 +9,7 @@ Shapes: `B` images in a portion, `H` = `W` = the bundle's image size, `C` = 3 (R
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -22,7 +22,7 @@ from catdog.bundle import Bundle
 from catdog.config import EngineName
 from catdog.engines import Engine, load_engine
 from catdog.errors import BundleError, ImageError
-from catdog.images import decode
+from catdog.images import DecodedImage, decode
 from catdog.schema import CLASS_NAMES
 
 PORTION_BYTES: Final = 16 * 2**20
@@ -87,6 +87,17 @@ class Labelled:
     """Seconds that a thread spent computing the model."""
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """An image that has been decoded, or could not be."""
+
+    verdict: Verdict
+    """Without a label; with an error if the image could not be decoded."""
+
+    image: DecodedImage | None
+    """None on error."""
+
+
 @dataclass(frozen=True)
 class _DecodedPortion:
     """A portion of images that are decoded, but not yet scored."""
@@ -147,6 +158,22 @@ class Labeller:
         """Label one portion of images, on the calling thread."""
         return self._verdicts(self._decode(lambda: contents))
 
+    def look(self, content: bytes | ImageError) -> Seen:
+        """Decode one image, on the calling thread."""
+        seen = Verdict()
+        try:
+            if isinstance(content, ImageError):
+                raise content
+            seen = Verdict(image_id=hashlib.sha256(content).hexdigest(), num_bytes=len(content))
+            image = decode(content, self.bundle.image_size)
+        except ImageError as error:
+            return Seen(replace(seen, error_code=error.code, error_message=provenance.one_line(error)), None)
+        return Seen(replace(seen, width=image.width, height=image.height, remark=image.remark), image)
+
+    def judge(self, seen: Sequence[Seen]) -> list[Verdict]:
+        """Score images that `look` has returned, on the calling thread. Returns a verdict for each, in their order."""
+        return self._verdicts(self._portion(seen, decode_s=0.0))
+
     def close(self) -> None:
         """Drop the portions that no thread has begun, and wait for the others."""
         for pool in (self._decoders, self._scorers):
@@ -156,22 +183,14 @@ class Labeller:
 
     def _decode(self, read: Callable[[], Contents]) -> _DecodedPortion:
         started = time.perf_counter()
+        seen = [self.look(content) for content in read()]
+        return self._portion(seen, decode_s=time.perf_counter() - started)
+
+    def _portion(self, seen: Sequence[Seen], *, decode_s: float) -> _DecodedPortion:
         size = self.bundle.image_size
-        verdicts, pixels = [], []
-        for content in read():
-            seen = Verdict()
-            try:
-                if isinstance(content, ImageError):
-                    raise content
-                seen = Verdict(image_id=hashlib.sha256(content).hexdigest(), num_bytes=len(content))
-                image = decode(content, size)
-            except ImageError as error:
-                verdicts.append(replace(seen, error_code=error.code, error_message=provenance.one_line(error)))
-            else:
-                verdicts.append(replace(seen, width=image.width, height=image.height, remark=image.remark))
-                pixels.append(image.pixels_HWC)
+        pixels = [each.image.pixels_HWC for each in seen if each.image is not None]
         pixels_BHWC = np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8)
-        return _DecodedPortion(verdicts, pixels_BHWC, time.perf_counter() - started)
+        return _DecodedPortion([each.verdict for each in seen], pixels_BHWC, decode_s)
 
     def _score(self, decoding: "Future[_DecodedPortion]") -> Labelled:
         decoded = decoding.result()

@@ -45,7 +45,7 @@ def unwrapped(text: str) -> str:
 
 
 COMMANDS = (
-    "catdog must be given one of the commands demo, prepare, train, evaluate, predict, convert, verify, bench train, "
+    "catdog must be given one of the commands demo, prepare, train, evaluate, predict, serve, convert, verify, bench train, "
     "bench chaos, bench predict, bench startup. "
     "Received: "
 )

@@ -229,7 +229,7 @@ def test_one_ray_version_everywhere() -> None:
     (base,) = re.findall(r"^FROM rayproject/ray:([\d.]+)-py311 AS", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
     assert {**stated, "Dockerfile": base} == dict.fromkeys([*stated, "Dockerfile"], version("ray"))
     allowed = [requirement for requirement in requirements() if requirement.name == "ray"]
-    assert {extra for requirement in allowed for extra in requirement.extras} == {"data", "default", "train"}
+    assert {extra for requirement in allowed for extra in requirement.extras} == {"data", "default", "serve", "train"}
     assert all(requirement.specifier.contains(version("ray")) for requirement in allowed)
 
 

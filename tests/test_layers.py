@@ -59,6 +59,10 @@ OWNERS = {
     "nncf": {"openvino_ir"},
     "obstore": {"storage"},
     "openvino": {"openvino_ir"},
+    "optuna": {"tuning"},
+    "prometheus_client": {"serving"},
+    "pydantic": {"serving"},
+    "python_multipart": {"serving"},
     "PIL": {"tiff", "images", "report", "dataset", "drawings"},  # all but `images` only draw: see below
     "pillow_heif": {"images"},
     "ray": {"ray_session", "ray_internals", "dataset", "training", "tuning", "inference", "serving", "bench"},
@@ -67,7 +71,9 @@ OWNERS = {
     "ray.train": {"ray_internals", "training", "tuning"},
     "ray.tune": {"tuning"},
     "s3fs": {"storage"},
+    "starlette": {"serving"},
     "tensorflow": {"architectures", "augment", "bench", "engines", "hardware", "openvino_ir", "training"},
+    "uvicorn": {"serving"},
 }
 
 

@@ -20,6 +20,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text())
 
 NOT_IMPORTED = {
+    "httptools": "uvicorn parses requests with it",
     "tensorboard": "TensorFlow loads it for tf.summary",
 }
 
@@ -42,7 +43,7 @@ def names(listed: list[str]) -> set[str]:
 
 def required() -> set[str]:
     """What the whole of catdog needs."""
-    return names(PYPROJECT["project"]["dependencies"] + EXTRAS["train"])
+    return names(PYPROJECT["project"]["dependencies"] + EXTRAS["tune"] + EXTRAS["serve-ray"])
 
 
 def imported() -> Iterator[tuple[str, str]]:

@@ -38,8 +38,15 @@ EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
 EXIT_TERMINATED: Final = 128 + signal.SIGTERM
 
 _EXTRA_OF: Final = {
+    "fastapi": "serve",
     "grpc": "ray",
+    "httptools": "serve",
+    "prometheus_client": "serve",
+    "pydantic": "serve",
+    "python_multipart": "serve",
     "ray": "ray",
+    "starlette": "serve",
+    "uvicorn": "serve",
     "h5py": "train",
     "imagehash": "train",
     "keras": "train",

@@ -13,6 +13,7 @@ from catdog.config import (
     EvaluateConfig,
     PredictConfig,
     PrepareConfig,
+    ServeConfig,
     TrainConfig,
     VerifyConfig,
 )
@@ -56,6 +57,7 @@ COMMANDS: Final = {
         "catdog.bench.train",
         "bench_train",
         "catdog bench train --data data --output bench",
+    "serve": Command(ServeConfig, "catdog.serving", "serve", "catdog serve --model s3://bucket/model --port 8000"),
     ),
     "bench chaos": Command(
         BenchChaosConfig,

@@ -8,6 +8,7 @@ from catdog.config.checks import flag
 from catdog.config.choices import EngineName, Executor, Precision, Split
 from catdog.config.dataset import PrepareConfig
 from catdog.config.labelling import ConvertConfig, EvaluateConfig, PredictConfig, VerifyConfig
+from catdog.config.serving import ServeConfig
 from catdog.config.training import TrainConfig
 from catdog.config.trials import (
     BenchChaosConfig,
@@ -31,6 +32,7 @@ __all__ = [
     "PredictConfig",
     "PrepareConfig",
     "Split",
+    "ServeConfig",
     "TrainConfig",
     "VerifyConfig",
     "flag",

@@ -107,12 +107,16 @@ class DecodedImage:
         width: the width of the upright original, in pixels.
         height: the height of the upright original, in pixels.
         remark: what is wrong with a file that is decoded all the same, in one line.
+        format: Pillow's name for the file format.
+        orientation: EXIF orientation of the file, 1..8, by which the pixels were turned; 1 where they were not.
     """
 
     pixels_HWC: npt.NDArray[np.uint8]  # noqa: N815
     width: int
     height: int
     remark: str | None = None
+    format: str | None = None
+    orientation: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +139,8 @@ def decode(data: bytes, size_px: int) -> DecodedImage:
     # the full image by 0.3 of 255 on average.
     loaded = _load(data, draft_px=2 * size_px)
     small = loaded.rgb.resize((size_px, size_px), Image.Resampling.BILINEAR)
-    return DecodedImage(np.asarray(loaded.turn(small)), loaded.width, loaded.height, loaded.remark)
+    pixels_HWC = np.asarray(loaded.turn(small))
+    return DecodedImage(pixels_HWC, loaded.width, loaded.height, loaded.remark, loaded.format, loaded.orientation)
 
 
 def open_upright(data: bytes) -> Image.Image:
