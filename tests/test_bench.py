@@ -254,7 +254,7 @@ def disturbed(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> chaos.B
     """The record of a training of which two workers were killed."""
     output = str(tmp_path_factory.mktemp("chaos"))
     return chaos.bench_chaos(
-        BenchChaosConfig(data=dataset, output=output, num_kills=2, batch_size=8, checkpoint_steps=4)
+        BenchChaosConfig(data=dataset, output=output, num_kills=2, arch="cnn", batch_size=8, checkpoint_steps=4)
     )
 
 
@@ -284,7 +284,7 @@ def test_ray_train_and_bare_processes_take_the_same_steps(
         "data": dataset,
         "pictures": str(tmp_path / "pictures"),
         "output": str(output),
-        "arch": "resnet",
+        "arch": "cnn",
         "image_size": 48,
         "batch_size": 8,
         "num_workers": 2,
