@@ -28,7 +28,7 @@ ERROR_CODES: Final = (
 )
 """The reasons why an image has no label. The list is closed, so that programs may branch on its codes."""
 
-REJECT_REASONS: Final = (*ERROR_CODES, "exact_duplicate", "near_duplicate", "conflicting_label")
+REJECT_REASONS: Final = (*ERROR_CODES, "not_an_image", "exact_duplicate", "near_duplicate", "conflicting_label")
 """The reasons why a listed file is not in a dataset's shards."""
 
 SPLITS: Final = ("train", "val", "test")
@@ -124,6 +124,13 @@ PREDICTIONS_SCHEMA: Final = versioned(
     ],
 )
 """`OUTPUT/part-*.parquet`: one row per image; `status` is `ok` or `error`."""
+
+
+def predictions_with(columns: Sequence[str]) -> pa.Schema:
+    """`PREDICTIONS_SCHEMA` in the version that has these of its columns."""
+    if "remark" in columns:
+        return PREDICTIONS_SCHEMA
+    return versioned("predictions", 1, [field for field in PREDICTIONS_SCHEMA if field.name != "remark"])
 
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)

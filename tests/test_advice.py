@@ -102,6 +102,13 @@ def test_columns_are_named(photos: Path) -> None:
     assert listed(photos, *flags, "--uri-column", "PICTURE") == BOTH
 
 
+def test_a_list_of_paths_and_labels_gets_a_header(photos: Path) -> None:
+    text = "".join(f"{number}.jpg {number % 2}\n" for number in range(4))
+    assert "labels.txt with no header in its first line" in message(photos, *with_table(photos, text, "labels.txt"))
+    text = "file\tlabel\n" + text.replace(" ", "\t")
+    assert listed(photos, *with_table(photos, text, "labels.txt")) == BOTH
+
+
 def test_other_words_for_splits(photos: Path) -> None:
     rows = "".join(f"{number}.jpg,{number % 2},{'ab'[number % 2]}\n" for number in range(4))
     flags = with_table(photos, "file,label,split\n" + rows)

@@ -84,6 +84,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     exif[0x0112] = 6
     write(root / "dog/lying.jpg", encoded(picture(102).crop((0, 0, 64, 30)), exif=exif))
     write(root / "cat/cmyk.jpg", encoded(picture(103).convert("CMYK")))
+    write(root / "cat/short.jpg", encoded(picture(104))[:-2])
     return root
 
 
@@ -93,17 +94,21 @@ def test_prepare(ray: None, photos: Path, tmp_path: Path) -> None:
     record = prepare(config)
 
     assert sorted(os.listdir(output)) == ["dataset.json", "rejects.parquet", "samples.png", *sorted(SPLITS)]
-    reasons = {"exact_duplicate": 1, "conflicting_label": 2, "truncated": 1, "unsupported_format": 2, "empty_file": 1}
+    reasons = {"exact_duplicate": 1, "conflicting_label": 2, "truncated": 1, "empty_file": 1}
+    reasons |= {"unsupported_format": 1, "not_an_image": 1}
     num_listed = len([path for path in photos.rglob("*") if path.is_file()])
     assert not record.already_done
     assert record.reasons == reasons
     assert record.listed == num_listed == record.kept + record.rejected
     assert record.rejected == sum(reasons.values())
+    assert record.num_remarked == 1
+    assert "  damaged  1 of those kept" in record.summary()
 
     check_shards(output)
     rows = rows_of(output)
     info = load_info(output)
     assert len(rows) == record.kept
+    assert info.raw["remarks"].keys() == {f"{photos}/cat/short.jpg"}
     for split in SPLITS:
         found = [row["label"] for row in rows.values() if row["split"] == split]
         assert record.counts[split] == {name: found.count(label) for label, name in enumerate(CLASS_NAMES)}
@@ -117,7 +122,7 @@ def test_prepare(ray: None, photos: Path, tmp_path: Path) -> None:
         "dog/Thumbs.db": "unsupported_format",
         "dog/conflict.jpg": "conflicting_label",
         "dog/empty.jpg": "empty_file",
-        "README.txt": "unsupported_format",
+        "README.txt": "not_an_image",
     }
     assert {str(path) for path in photos.rglob("*") if path.is_file()} == rows.keys() | set(rejects["uri"].to_pylist())
 
@@ -300,7 +305,7 @@ def test_a_given_split_an_extension_and_frames_of_one_camera(ray: None, tmp_path
         write(root / "train" / f"{CLASS_NAMES[number % 2]}s" / f"camera{number}.jpg", encoded(frame, quality=90))
     first = prepare(PrepareConfig(images=str(root), output=str(tmp_path / "first"), test_fraction=0.3))
     assert first.given_splits == {"train": 29, "val": 8}
-    assert first.reasons == {"exact_duplicate": 1, "unsupported_format": 1}
+    assert first.reasons == {"exact_duplicate": 1, "not_an_image": 1}
     rows = rows_of(str(tmp_path / "first"))
     assert {uri for uri, row in rows.items() if row["split"] == "val"} == {
         str(path) for path in (root / "validation").rglob("*.jpg")

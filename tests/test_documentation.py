@@ -348,6 +348,7 @@ def prepare_record(output: str, reasons: dict[str, int]) -> PrepareRecord:
         counts=dict.fromkeys(schema.SPLITS, by_class),
         num_duplicate_groups=1,
         num_conflicts=1,
+        num_remarked=0,
         durations_s={"scan": 1.5},
         images_per_s=3.5,
     )

@@ -22,7 +22,8 @@ end up in two groups. In memory are 8 bytes for each image that has a near-dupli
 other; thumbnails, 768 bytes each, are on local disk.
 
 The tables, besides those of `catdog.dataset.catalog`:
-    scanned(row, image_id, band_*, image_bytes, reason, message, part, split)  `split`: as if without duplicates
+    scanned(row, image_id, band_*, image_bytes, reason, message, remark, part, split)
+                                                              `split`: as if without duplicates
     settled(image_id, split)                                  the images of the dataset that is extended
     pictures(rank, image_id, band_*, part, row, split, fixed) the distinct images. `split`: what it gets alone; `fixed`:
                                                               the split that was settled or given, else NULL
@@ -80,7 +81,8 @@ _PORTION: Final = 4096
 _CREATE_SCANNED: Final = (
     "CREATE TABLE scanned (row BIGINT, image_id VARCHAR, "
     + "".join(f"{name} SMALLINT, " for name in BAND_COLUMNS)
-    + "image_bytes BIGINT, reason VARCHAR, message VARCHAR, part VARCHAR, split VARCHAR)"
+    + "image_bytes BIGINT, reason VARCHAR, message VARCHAR, remark VARCHAR, part VARCHAR, "
+    "split VARCHAR)"
 )
 
 _BANDS: Final = ", ".join(BAND_COLUMNS)

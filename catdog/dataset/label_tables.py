@@ -24,7 +24,7 @@ from catdog.storage import manifests, patterns
 from catdog.storage.listing import find_tables
 from catdog.storage.manifests import Columns, Row
 from catdog.storage.names import archive_scheme, without_archive_suffix
-from catdog.storage.tables import COLUMN_NAMES
+from catdog.storage.tables import COLUMN_NAMES, format_of
 from catdog.storage.urls import is_relative, member_uri, resolve
 
 logger = logging.getLogger(__name__)
@@ -137,9 +137,10 @@ def _of(config: PrepareConfig, urls: list[str], *, is_manifest: bool) -> LabelTa
         if not is_manifest or config.labels == "auto":
             label = manifests.find(names, "label", columns.label, url)
         if label is None and not is_manifest:
+            first_line = "no header" if format_of(url) == "text" else f"the columns {', '.join(names)}"
             raise UsageError(
                 f"A table of labels must have a column named {', '.join(COLUMN_NAMES['label'])}, or that "
-                f"--label-column names. Received: {redact(url)} with the columns {', '.join(names)} in its first line"
+                f"--label-column names. Received: {redact(url)} with {first_line} in its first line"
             )
         has_labels.append(label is not None)
         is_random = config.split == "random"

@@ -11,6 +11,7 @@ import pyarrow as pa
 from catdog.config import PrepareConfig
 from catdog.dataset import catalog
 from catdog.errors import DatasetError
+from catdog.provenance import redact
 from catdog.schema import CLASS_NAMES, REJECTS_SCHEMA, SPLITS
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,20 @@ def duplicates(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
         ],
         "duplicate_groups": [uris for (uris,) in groups],
     }
+
+
+def remarks(connection: duckdb.DuckDBPyConnection) -> dict[str, str]:
+    """What is wrong with images that are kept all the same: uri → remark. Warns of them."""
+    found: dict[str, str] = dict(
+        connection.execute(
+            "SELECT uri, remark FROM scanned JOIN listing USING (row) JOIN fates USING (row) "
+            "WHERE remark IS NOT NULL AND fates.split IS NOT NULL ORDER BY uri"
+        ).fetchall()
+    )
+    if found:
+        uri, remark = next(iter(found.items()))
+        logger.warning("%d images are damaged, but kept; the first: %s: %s", len(found), redact(uri), remark)
+    return found
 
 
 _LARGE_SHARE: Final = 0.05

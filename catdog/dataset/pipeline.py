@@ -97,6 +97,9 @@ class PrepareRecord(records.Record):
     given_splits: dict[str, int] = field(default_factory=dict)
     """Split → number of files that a table or their folders give to it; empty if neither decided."""
 
+    num_remarked: int = 0
+    """Number of images that are kept although something is wrong with their files: a JPEG that is cut short."""
+
     unmatched_label_rows: int | None = None
     """Number of rows of the table of labels that name no listed file, or lack a label; None if there is no table."""
 
@@ -111,6 +114,7 @@ class PrepareRecord(records.Record):
             head,
             *(f"  {split:<9}{records.counted(counts)}" for split, counts in self.counts.items()),
             f"  rejected {self.rejected:,}" + (f": {records.counted(self.reasons)}" if self.reasons else ""),
+            *([f"  damaged  {self.num_remarked:,} of those kept"] if self.num_remarked else []),
             f"  groups   {self.num_duplicate_groups:,} of duplicates, {self.num_conflicts:,} labelled both ways",
             f"Dataset: {self.output}",
         ]
@@ -193,6 +197,7 @@ def _prepare(
                 "versions": provenance.versions(),
                 **outcome.duplicates(connection),
                 "parts": parts,
+                "remarks": outcome.remarks(connection),
                 "near_duplicates": outcome.near_duplicates(connection),
                 "split_rule": SPLIT_RULE,
                 "given_splits": collection.given,
@@ -363,5 +368,6 @@ def _record(info: DatasetInfo, watch: _Stopwatch, *, already_done: bool) -> Prep
         durations_s=watch.durations_s,
         images_per_s=round(raw["listed"] / max(sum(watch.durations_s.values()), 1e-9), 1),
         given_splits=dict(raw.get("given_splits", {})),
+        num_remarked=len(raw.get("remarks", {})),
         unmatched_label_rows=raw.get("unmatched_label_rows"),
     )

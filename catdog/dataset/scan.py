@@ -37,7 +37,7 @@ _BLANK_STD: Final = 5.0
 """A picture whose grey values (0..255) have a smaller standard deviation counts as blank: its hash would be that of
 noise. The smallest among 20,000 photographs of Dogs vs. Cats is 14."""
 
-_FORMAT: Final = "scan-v2"
+_FORMAT: Final = "scan-v3"
 """Version of what is staged. It enters into the name of every staging part, so that parts of another version are not
 used."""
 
@@ -49,10 +49,12 @@ LIGHT_SCHEMA: Final = pa.schema(
         pa.field("image_bytes", pa.int64()),
         pa.field("reason", pa.string()),
         pa.field("message", pa.string()),
+        pa.field("remark", pa.string()),
         pa.field("part", pa.string(), nullable=False),
     ]
 )
-"""The columns that the driver gets, a row for each file. `reason` and `message` are null for an image; `image_id`, the
+"""The columns that the driver gets, a row for each file. `reason` and `message` are null for an image; `remark` says
+what is wrong with an image that is kept all the same; `image_id`, the
 hash and `image_bytes` are null for a file that is rejected. The hash is also null for a blank picture. `image_bytes` is
 the size of the encoded image."""
 
@@ -118,11 +120,13 @@ def _scan(data: bytes | ImageError) -> dict[str, Any]:
         if isinstance(data, ImageError):
             raise data
         image = images.canonical_bytes(data)
-        pixels = Image.fromarray(images.decode(data, _SIDE_PX).pixels_HWC)
+        decoded = images.decode(data, _SIDE_PX)
     except ImageError as error:
         return {"reason": error.code, "message": str(error)}
+    pixels = Image.fromarray(decoded.pixels_HWC)
     statistics = ImageStat.Stat(pixels)
     return {
+        "remark": decoded.remark,
         "image_id": hashlib.sha256(data).hexdigest(),
         "image": image.data,
         "image_bytes": len(image.data),

@@ -1,7 +1,8 @@
 """Globs: which names they match, and the filter that `--include` and `--exclude` make.
 
-A glob is one of fsspec's (`*`, `?`, `[ab]`, `**` for any number of folders) with two additions: `{jpg,png}` stands for
-either, and a suffix matches in upper and in lower case (`*.jpg` also matches `IMG_1.JPG`).
+A glob is one of fsspec's (`*`, `?`, `[ab]`, `**` for any number of folders) with these additions: `{jpg,png}` stands
+for either, `{000..009}` for each of these numbers, and a suffix matches in upper and in lower case (`*.jpg` also
+matches `IMG_1.JPG`).
 """
 
 import functools
@@ -16,8 +17,8 @@ import fsspec.utils
 from catdog.errors import UsageError
 from catdog.provenance import redact
 
-_BRACES: Final = re.compile(r"\{([^{}]*,[^{}]*)\}")
-"""Innermost braces with a comma. Others are a part of a name."""
+_BRACES: Final = re.compile(r"\{([^{}]*,[^{}]*|(\d{1,9})\.\.(\d{1,9}))\}")
+"""Innermost braces with a comma, or of a range of numbers. Others are a part of a name."""
 
 _MAGIC: Final = re.compile(r"[*?\[]")
 _TEXT_SUFFIX: Final = re.compile(r"\.[a-zA-Z][a-zA-Z0-9]*$")
@@ -34,6 +35,8 @@ def alternatives(pattern: str) -> list[str]:
 
     >>> alternatives("{a,b}/*.{jpg,png}")
     ['a/*.jpg', 'a/*.png', 'b/*.jpg', 'b/*.png']
+    >>> alternatives("pets-{08..11}.tar")
+    ['pets-08.tar', 'pets-09.tar', 'pets-10.tar', 'pets-11.tar']
     """
     done: list[str] = []
     waiting = [pattern]
@@ -42,12 +45,21 @@ def alternatives(pattern: str) -> list[str]:
         if (braces := _BRACES.search(first)) is None:
             done.append(first)
         else:
-            waiting[:0] = [first[: braces.start()] + each + first[braces.end() :] for each in braces[1].split(",")]
+            waiting[:0] = [first[: braces.start()] + each + first[braces.end() :] for each in _meant(braces)]
         if len(done) + len(waiting) > _MAX_ALTERNATIVES:
             raise UsageError(
                 f"The braces of a glob must stand for at most {_MAX_ALTERNATIVES} globs. Received: {redact(pattern)}"
             )
     return done
+
+
+def _meant(braces: re.Match[str]) -> list[str]:
+    """What braces stand for; of a long range, only more than are allowed."""
+    if braces[2] is None:
+        return braces[1].split(",")
+    first, last = int(braces[2]), int(braces[3])
+    last = min(last, first + _MAX_ALTERNATIVES)
+    return [str(number).zfill(len(braces[2])) for number in range(first, last + 1)]
 
 
 def fixed(pattern: str) -> str:
