@@ -56,6 +56,7 @@ def predict(config: PredictConfig) -> RunRecord:
             claim_owner=claim.owner,
             roots=plan.listed.roots,
             own=plan.listed.own,
+            columns=plan.columns,
             is_after_death=claim.is_after_death,
             run_id=books.new_run_id(started_at),
             batch_size=config.batch_size,

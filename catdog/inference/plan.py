@@ -25,7 +25,7 @@ from typing import Any, Final
 import duckdb
 
 from catdog.inference.database import open_database
-from catdog.inference.publish import KEY_COLUMNS, list_parts, part_name, read_parts, spill_keys
+from catdog.inference.publish import KEY_COLUMNS, columns_of, list_parts, part_name, read_parts, spill_keys
 from catdog.inference.sources import Listed, refuse_output_inside, spill_listing
 from catdog.storage import SourceFile
 from catdog.storage.manifests import Columns
@@ -154,12 +154,21 @@ class Counts:
 
 
 class Plan:
-    """The plan of one run. `open_plan` makes it."""
+    """The plan of one run. `open_plan` makes it.
 
-    def __init__(self, database: duckdb.DuckDBPyConnection, model_id: str, listed: Listed) -> None:
+    Attributes:
+        listed: what the listing says besides the images.
+        columns: the columns of the output's part files (`columns_of`).
+        counts: numbers of images.
+    """
+
+    def __init__(
+        self, database: duckdb.DuckDBPyConnection, model_id: str, listed: Listed, columns: tuple[str, ...]
+    ) -> None:
         self._database = database
         self._model_id = model_id
         self.listed = listed
+        self.columns = columns
         ((num_listed, wanted, already_done),) = self._query(_COUNTS)
         self.counts = Counts(
             listed=num_listed, duplicate=num_listed - wanted, already_done=already_done, to_label=wanted - already_done
@@ -241,4 +250,4 @@ def open_plan(
         database.execute(_WORK, parameters)
         for path in (spilled, done):
             path.unlink()
-        yield Plan(database, model_id, listed)
+        yield Plan(database, model_id, listed, columns_of(output, parts))

@@ -36,7 +36,14 @@ def is_part(name: str) -> bool:
     return name.startswith("part-") and name.endswith(".parquet")
 
 
-def publish_part(output: str, part: str, rows: pa.Table, *, replaced: Iterable[tuple[str, str]] | None = None) -> None:
+def publish_part(
+    output: str,
+    part: str,
+    rows: pa.Table,
+    *,
+    replaced: Iterable[tuple[str, str]] | None = None,
+    columns: Sequence[str] = tuple(PREDICTIONS_SCHEMA.names),
+) -> None:
     """Publish rows as a part file, which replaces a file of the same name.
 
     Args:
@@ -45,6 +52,7 @@ def publish_part(output: str, part: str, rows: pa.Table, *, replaced: Iterable[t
         rows: rows in `PREDICTIONS_SCHEMA`.
         replaced: (uri, source_version) of rows to drop from the file of the same name. Its other rows are kept, less
             those that `rows` have anew. None to keep no row.
+        columns: those of the file (`columns_of`).
 
     Raises:
         OutputRefusedError: the file whose rows are to be kept is not a part file of `predict`.
@@ -56,7 +64,7 @@ def publish_part(output: str, part: str, rows: pa.Table, *, replaced: Iterable[t
         dropped = {*replaced, *_keys(rows)}
         others = before.filter(pa.array([key not in dropped for key in _keys(before)], pa.bool_()))
         rows = pa.concat_tables([others, rows]).sort_by([("uri", "ascending"), ("source_version", "ascending")])
-    storage.publish_parquet(url, rows)
+    storage.publish_parquet(url, schema.conformed(rows, schema.predictions_with(columns)))
 
 
 def _keys(rows: pa.Table) -> Iterator[tuple[str, str]]:
@@ -77,6 +85,22 @@ def list_parts(output: str) -> list[str]:
                 f"--output must hold predictions or nothing. Received: {provenance.redact(output)}, which holds {name}"
             )
     return names
+
+
+def columns_of(output: str, parts: Sequence[str]) -> tuple[str, ...]:
+    """The columns of the part files of an output, as the first of them has them; of a new one, all that there are.
+
+    An output keeps them: DuckDB and Polars refuse files that lie together and differ in their columns. One that was
+    begun with a schema of an earlier version is added to in that version.
+
+    Raises:
+        OutputRefusedError: the file is not a part file of `predict`.
+        StorageError: the storage failed.
+    """
+    if not parts:
+        return tuple(PREDICTIONS_SCHEMA.names)
+    found = _read_file(output, parts[0]).schema_arrow
+    return tuple(name for name in PREDICTIONS_SCHEMA.names if name in found.names)
 
 
 def read_parts(
@@ -118,8 +142,18 @@ def read_parts(
 
 
 def _read_part(output: str, part: str, columns: Sequence[str] | None) -> tuple[str, pa.Table]:
-    url = storage.join(output, part)
     wanted = PREDICTIONS_SCHEMA if columns is None else pa.schema(map(PREDICTIONS_SCHEMA.field, columns))
+    file = _read_file(output, part)
+    there = [name for name in wanted.names if name in file.schema_arrow.names]
+    try:
+        return part, schema.conformed(file.read(columns=there), wanted)
+    except (ValueError, OSError) as error:
+        raise _refusal(storage.join(output, part), error) from error
+
+
+def _read_file(output: str, part: str) -> pq.ParquetFile:
+    """A part file, whose schema is checked."""
+    url = storage.join(output, part)
     try:
         data = storage.read_bytes(url)
     except FileNotFoundError:
@@ -129,13 +163,16 @@ def _read_part(output: str, part: str, columns: Sequence[str] | None) -> tuple[s
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
         schema.check(file.schema_arrow, PREDICTIONS_SCHEMA)
-        there = [name for name in wanted.names if name in file.schema_arrow.names]
-        return part, schema.conformed(file.read(columns=there), wanted)
     except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
-        reason = provenance.one_line(error)
-        raise OutputRefusedError(
-            f"--output must hold predictions or nothing. Received: {provenance.redact(url)}, which holds none: {reason}"
-        ) from error
+        raise _refusal(url, error) from error
+    return file
+
+
+def _refusal(url: str, error: Exception) -> OutputRefusedError:
+    return OutputRefusedError(
+        f"--output must hold predictions or nothing. Received: {provenance.redact(url)}, which holds none: "
+        + provenance.one_line(error)
+    )
 
 
 def rows_of_run(output: str, part: str, run_id: str) -> pa.Table | None:

@@ -68,6 +68,9 @@ class Job:
     engine: EngineName
     use_gpu: bool
 
+    columns: tuple[str, ...] = tuple(PREDICTIONS_SCHEMA.names)
+    """Those of the part files."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SliceResult:
@@ -223,7 +226,7 @@ class Worker:
                 f"Received: {redact(self._job.output)} was taken over, or given back"
             )
         replaced = [(file.uri, file.version) for file in piece.files] if piece.is_retry else None
-        publish_part(self._job.output, piece.part, rows, replaced=replaced)
+        publish_part(self._job.output, piece.part, rows, replaced=replaced, columns=self._job.columns)
         return True
 
 
