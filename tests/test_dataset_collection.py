@@ -83,7 +83,7 @@ def test_what_is_no_image_is_a_reject(tmp_path: Path, name: str, data: bytes) ->
     assert rejects[f"{root}/README.md"]["message"] == "neither labelled nor an image by its name"
     found = rejects[f"{root}/{name}"]
     if data:
-        assert found["reason"] == "unsupported_format"
+        assert found["reason"] == "not_an_image"
         assert found["message"] == "neither labelled nor an image by its first bytes"
     else:
         assert found["reason"] == "empty_file"
