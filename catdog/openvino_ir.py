@@ -126,6 +126,48 @@ def read_ir(ir: IR) -> Any:
     return openvino.Core().read_model(ir["xml"], ir["bin"])
 
 
+def averaged_features(model: Any) -> tuple[Any, tuple[int, int], npt.NDArray[np.float32]] | None:
+    """The last feature map of a network that averages it over the picture, and sums the averages with weights.
+
+    Args:
+        model: what `read_ir` returns.
+
+    Returns:
+        The map, which can be made an output of the model; its axes that are averaged, height and width; and the weight
+        of each feature in the logit. None if the network is another one.
+    """
+    for operation in reversed(model.get_ordered_ops()):
+        if (
+            operation.get_type_name() != "ReduceMean"
+            or operation.input_value(0).get_partial_shape().rank.get_length() != 4
+        ):
+            continue
+        axes = _constant(operation.input_value(1).get_node())
+        product = _only_consumer(operation)
+        if axes is None or len(axes) != 2 or product is None or product.get_type_name() != "Multiply":
+            return None
+        total = _only_consumer(product)
+        weights = [_constant(value.get_node()) for value in product.input_values()]
+        weights_F = next((np.ravel(each) for each in weights if each is not None), None)
+        if total is None or total.get_type_name() != "ReduceSum" or weights_F is None:
+            return None
+        return operation.input_value(0), (int(axes[0]), int(axes[1])), weights_F.astype(np.float32)
+    return None
+
+
+def _only_consumer(operation: Any) -> Any | None:
+    """The operation that takes the output of this one; None if there is another number of them."""
+    targets = list(operation.output(0).get_target_inputs())
+    return targets[0].get_node() if len(targets) == 1 else None
+
+
+def _constant(operation: Any) -> npt.NDArray[Any] | None:
+    """The value of a constant, which may be converted to another number format; None of what is no constant."""
+    if operation.get_type_name() == "Convert":
+        operation = operation.input_value(0).get_node()
+    return np.array(operation.data) if operation.get_type_name() == "Constant" else None
+
+
 def _files_of(model: Any) -> IR:
     openvino = load_openvino()
     for name in _WRITES_ABOUT:

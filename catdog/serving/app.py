@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import AsyncIterator
+from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,13 +20,20 @@ from catdog import __version__
 from catdog.serving import middleware, problems
 from catdog.serving.metrics import MEDIA_TYPE
 from catdog.serving.middleware import Middleware
-from catdog.serving.problems import ProblemError
-from catdog.serving.protocols import native
+from catdog.serving.problems import ProblemError, draining
+from catdog.serving.protocols import hugging_face, native, open_inference
 from catdog.serving.service import Service
 
 PAGE: Final = Path(__file__).parent / "page"
 
-_MEDIA_TYPES: Final = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript"}
+_MEDIA_TYPES: Final = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+}
+
+
+SALIENCY_HEADER: Final = "X-Saliency-Method"
 
 
 class ProblemDocument(BaseModel):
@@ -37,6 +45,8 @@ class ProblemDocument(BaseModel):
     detail: str
     code: str
     request_id: str
+    error: str
+    """The same as `detail`."""
 
 
 class LimitsDocument(BaseModel):
@@ -86,6 +96,7 @@ def create_app(service: Service, *, token: str | None = None) -> FastAPI:
     app.add_exception_handler(ProblemError, _answer_problem)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     _add_native(app, service)
+    _add_open_inference(app, service)
     _add_metrics(app, service)
     _add_page(app)
     return app
@@ -104,14 +115,78 @@ def _add_native(app: FastAPI, service: Service) -> None:
 
         The file's bytes decide what it is, not its type or its name. A request for one image that cannot be labelled
         gets a problem. In a request for many, it is a row with an error.
+
+        With `format=huggingface`, and for a JSON body as Hugging Face's clients send it, the answer is a list of
+        `{"label", "score"}`.
+        """
+        is_hugging_face = hugging_face.is_asked_for(request)
+        with service.request() as under_way:
+            answer = hugging_face.answer if is_hugging_face else native.answer
+            return _json(await answer(request, under_way))
+
+    @app.post(
+        "/v1/explain",
+        response_class=Response,
+        responses={200: {"description": "The picture", "content": {"image/png": {}}}},
+        summary="Show which parts of an image speak for its label",
+        openapi_extra={"requestBody": native.IMAGE_BODY},
+    )
+    async def explain(request: Request) -> Response:
+        """Return the upright picture, at most 512 pixels wide and high, in which glows what speaks for its label.
+
+        The header `X-Saliency-Method` is `class-activation-map`, or, for networks that have none, `occlusion`.
         """
         with service.request() as under_way:
-            return _json(await native.answer(request, under_way))
+            explanation = await native.explain(request, under_way)
+        return Response(explanation.png, media_type="image/png", headers={SALIENCY_HEADER: explanation.method})
 
     @app.get("/v1/model", response_model=ModelDocument, summary="The model, and the limits of a request")
     async def model() -> Response:
         """Describe the model that the next request gets, and what a request may have."""
         return _json(native.model_document(service))
+
+
+def _add_open_inference(app: FastAPI, service: Service) -> None:
+    tags: list[str | Enum] = ["Open Inference Protocol v2"]
+
+    @app.get("/v2", tags=tags, summary="The server")
+    async def server() -> Response:
+        """Describe the server."""
+        return _json(open_inference.server_metadata())
+
+    @app.get("/v2/health/live", tags=tags, summary="Whether the process lives")
+    async def live() -> Response:
+        """Say that the process lives."""
+        return _json({"live": True})
+
+    @app.get("/v2/health/ready", tags=tags, summary="Whether requests may be sent")
+    @app.get("/v2/models/catdog/ready", tags=tags, summary="Whether requests may be sent", operation_id="model_ready")
+    async def ready() -> Response:
+        """Say that requests may be sent. Once the service is told to end, the status is 503."""
+        if service.is_draining:
+            raise draining()
+        return _json({"ready": True})
+
+    @app.get("/v2/models/catdog", tags=tags, summary="The model's inputs and outputs")
+    async def metadata() -> Response:
+        """Describe the tensors of the model."""
+        return _json(open_inference.model_metadata(service))
+
+    @app.post(
+        "/v2/models/catdog/infer",
+        tags=tags,
+        summary="Label images",
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": {"type": "object"}, "example": open_inference.EXAMPLE}},
+            }
+        },
+    )
+    async def infer(request: Request) -> Response:
+        """Label the images of a tensor of `BYTES`: in base64, or as they are with Triton's binary extension."""
+        with service.request() as under_way:
+            return await open_inference.infer(request, under_way)
 
 
 def _add_metrics(app: FastAPI, service: Service) -> None:

@@ -60,7 +60,12 @@ class Body:
     @property
     def media_type(self) -> str:
         """The content type without its parameters, in lower case."""
-        return self.content_type.partition(";")[0].strip().lower()
+        return self.media_type_of(self._request)
+
+    @staticmethod
+    def media_type_of(request: Request) -> str:
+        """The same, of a request."""
+        return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
     async def uploads(self) -> AsyncIterator[Upload]:
         """The files: the parts of a multipart body, or else the body itself.

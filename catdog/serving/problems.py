@@ -56,7 +56,9 @@ class ProblemError(CatdogError):
         self.headers = dict(headers or {})
 
     def document(self, request_id: str) -> dict[str, Any]:
-        """The members of the problem, as RFC 9457 names them, with `code` and `request_id` in addition.
+        """The members of the problem, as RFC 9457 names them, with more.
+
+        `error` is the member in which clients of Hugging Face and of Triton look for what is wrong.
 
         Example:
             >>> ProblemError("empty_file", "the file is empty").document("7")["status"]
@@ -69,6 +71,7 @@ class ProblemError(CatdogError):
             "detail": str(self),
             "code": self.code,
             "request_id": request_id,
+            "error": str(self),
         }
 
     def body(self, request_id: str) -> bytes:

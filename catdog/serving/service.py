@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,17 +17,30 @@ from catdog import bundle, hardware
 from catdog.bundle import Bundle
 from catdog.config import ServeConfig
 from catdog.errors import CatdogError, ImageError
-from catdog.images import MAX_PIXELS
+from catdog.images import MAX_PIXELS, open_upright
+from catdog.images.overlay import overlay_png
 from catdog.labelling import load_labeller
 from catdog.provenance import one_line
+from catdog.schema import CLASS_NAMES
 from catdog.serving.batching import Answer, Batcher
 from catdog.serving.metrics import Metrics
 from catdog.serving.problems import busy, draining
+from catdog.serving.saliency import Method, Saliency
 
 logger = logging.getLogger(__name__)
 
 MAX_HELD_BYTES: Final = 512 * 2**20
 """Number of encoded bytes that a process holds at a time. A request that would exceed it is refused with status 429."""
+
+
+MAX_OVERLAY_PX: Final = 512
+"""Longest side of the picture of an explanation."""
+
+_POLL_S: Final = 0.02
+"""Time between two looks at whether something that nobody announces has come."""
+
+_MAX_EXPLANATIONS: Final = 16
+"""Number of explanations that may wait. They are made one after the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +72,16 @@ def limits_of(config: ServeConfig) -> Limits:
     )
 
 
+@dataclass(frozen=True)
+class Explanation:
+    """Why an image has its label."""
+
+    png: bytes
+    """The upright picture, in which glows what speaks for the label."""
+
+    method: Method
+
+
 class ServedModel:
     """A model that is loaded, with the threads that label with it, and the number of requests that use it."""
 
@@ -73,6 +97,8 @@ class ServedModel:
         self.num_users = 0
         self.is_replaced = False
         self.batcher = Batcher(labeller, num_threads=num_threads, note_batch=metrics.batches.observe)
+        self._explaining = ThreadPoolExecutor(1, thread_name_prefix="catdog-explain")
+        self._saliency: Saliency | None = None
 
     @property
     def description(self) -> dict[str, Any]:
@@ -85,8 +111,26 @@ class ServedModel:
             "review_threshold": self.bundle.review_threshold(self.engine.arithmetic),
         }
 
+    def explain(self, data: bytes) -> "Future[Explanation]":
+        """Have it shown, on a thread, why an image gets its label. The future may raise an `ImageError`."""
+        return self._explaining.submit(self._explain, data)
+
+    def _explain(self, data: bytes) -> Explanation:
+        labeller = self.batcher.labeller
+        if self._saliency is None:  # few ask for it
+            self._saliency = Saliency(self.bundle, self.engine)
+        seen = labeller.look(data)
+        (verdict,) = labeller.judge([seen])
+        if seen.image is None:
+            raise ImageError(verdict.error_code or "decode_failed", verdict.error_message or "")
+        heat_YX = self._saliency.heat(seen.image.pixels_HWC)
+        speaks_for = heat_YX if verdict.label == CLASS_NAMES[1] else -heat_YX
+        picture = overlay_png(open_upright(data), speaks_for, max_px=MAX_OVERLAY_PX)
+        return Explanation(picture, self._saliency.method)
+
     def close(self) -> None:
         """Wait for the images under way, and end the threads."""
+        self._explaining.shutdown()
         self.batcher.close()
         self.batcher.labeller.close()
 
@@ -114,6 +158,7 @@ class Service:
         self._show_model()
         self._num_waiting = 0
         self._num_held_bytes = 0
+        self._num_explanations = 0
         self.is_draining = False
         self.num_requests = 0
         """Number of requests for labels that are under way."""
@@ -144,8 +189,7 @@ class Service:
         """
         if self.is_draining:
             raise draining()
-        if self._num_waiting >= self.limits.max_queue:
-            raise busy(f"{self._num_waiting} images are waiting, and at most {self.limits.max_queue} may")
+        self.check_room()
         model, under_way = self._model, RequestUnderWay(self, self._model)
         model.num_users += 1
         self.num_requests += 1
@@ -157,6 +201,16 @@ class Service:
             self.num_requests -= 1
             model.num_users -= 1
             self._close_unused(model)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more image may wait."""
+        return self._num_waiting < self.limits.max_queue
+
+    def check_room(self) -> None:
+        """Raise the problem busy unless one more image may wait."""
+        if not self.has_room:
+            raise busy(f"{self._num_waiting} images are waiting, and at most {self.limits.max_queue} may")
 
     def _close_unused(self, model: ServedModel) -> None:
         if model.is_replaced and model.num_users == 0:
@@ -177,6 +231,21 @@ class Service:
         """Count images that begin or cease to wait."""
         self._num_waiting += change
         self.metrics.waiting.set(self._num_waiting)
+
+    async def explain(self, data: bytes, model: ServedModel) -> Explanation:
+        """Show why an image gets its label.
+
+        Raises:
+            ImageError: the image cannot be used.
+            ProblemError: busy.
+        """
+        if self._num_explanations >= _MAX_EXPLANATIONS:
+            raise busy(f"at most {_MAX_EXPLANATIONS} explanations may wait")
+        self._num_explanations += 1
+        try:
+            return await asyncio.wrap_future(model.explain(data))
+        finally:
+            self._num_explanations -= 1
 
     def count(self, answer: Answer) -> None:
         """Count an answer by its label, or by its error."""
@@ -244,7 +313,7 @@ class Service:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.config.drain_s):
                 while self.num_requests:
-                    await asyncio.sleep(0.02)
+                    await asyncio.sleep(_POLL_S)
         return self.num_requests == 0
 
     def close(self) -> None:
@@ -271,14 +340,22 @@ class RequestUnderWay:
         self._num_held_bytes += num_bytes
 
     async def submit(self, content: bytes | ImageError, num_held_bytes: int) -> "asyncio.Future[Answer]":
-        """Have an image labelled. Waits while too many images of this request wait.
+        """Have an image labelled. Waits while too many images of this request wait, or of all.
 
         Args:
             content: the encoded image, or the reason why there is none.
             num_held_bytes: number of bytes that the request holds for this image. They are let go with its answer.
+
+        Raises:
+            ProblemError: busy, if this is the first image of the request. A request that has begun is not refused.
         """
-        while len(self._waiting) - self._num_done >= self.MAX_AHEAD:
-            await asyncio.wait(self._waiting[self._num_done : self._num_done + 1])
+        if not self._waiting:
+            self.service.check_room()
+        while len(self._waiting) - self._num_done >= self.MAX_AHEAD or not self.service.has_room:
+            if self._num_done < len(self._waiting):
+                await asyncio.wait(self._waiting[self._num_done : self._num_done + 1])
+            else:
+                await asyncio.sleep(_POLL_S)
         answer = asyncio.wrap_future(self.model.batcher.submit(content))
         self._num_held_bytes -= num_held_bytes  # from here on, they are the answer's
         self.service.count_waiting(1)

@@ -10,11 +10,13 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel
 from starlette.requests import Request
 
+from catdog import provenance
+from catdog.errors import ImageError
 from catdog.schema import CLASS_NAMES
 from catdog.serving.batching import Answer
 from catdog.serving.intake import Body
 from catdog.serving.problems import ProblemError
-from catdog.serving.service import RequestUnderWay, Service
+from catdog.serving.service import Explanation, RequestUnderWay, Service
 
 
 class Prediction(BaseModel):
@@ -88,11 +90,24 @@ _EXAMPLE: Final = {
 
 _BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
 
+IMAGE_BODY: Final = {"required": True, "content": {"image/*": _BINARY, "application/octet-stream": _BINARY}}
+"""What OpenAPI says of the body of `POST /v1/explain`."""
+
 REQUEST_BODY: Final = {
     "required": True,
     "content": {
         "image/*": _BINARY,
         "application/octet-stream": _BINARY,
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "properties": {
+                    "inputs": {"type": "string", "format": "byte"},
+                    "parameters": {"type": "object", "properties": {"top_k": {"type": "integer", "minimum": 1}}},
+                },
+                "required": ["inputs"],
+            },
+        },
         "multipart/form-data": {
             "schema": {
                 "type": "object",
@@ -179,6 +194,20 @@ async def answer(request: Request, under_way: RequestUnderWay) -> dict[str, Any]
     found = await results(Body(request, under_way), under_way)
     refuse_single_error(found)
     return document(found, under_way)
+
+
+async def explain(request: Request, under_way: RequestUnderWay) -> Explanation:
+    """Answer `POST /v1/explain`."""
+    uploads = [upload async for upload in Body(request, under_way).uploads()]
+    if len(uploads) != 1:
+        raise ProblemError("too_many_files", "a request for an explanation must have one file")
+    content = uploads[0].content
+    try:
+        if isinstance(content, ImageError):
+            raise content
+        return await under_way.service.explain(content, under_way.model)
+    except ImageError as error:
+        raise ProblemError(error.code, provenance.one_line(error)) from error
 
 
 def model_document(service: Service) -> dict[str, Any]:
