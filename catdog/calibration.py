@@ -134,6 +134,16 @@ def fit(labels_B: npt.ArrayLike, logits_B: npt.ArrayLike, *, review_precision: f
     )
 
 
+def best_temperature(labels_B: npt.ArrayLike, logits_B: npt.ArrayLike) -> float:
+    """The temperature that `fit` finds, alone.
+
+    Raises:
+        UsageError: as `fit`.
+    """
+    labels, logits = _checked(labels_B, logits_B)
+    return _temperature(labels, logits)
+
+
 def probabilities(logits_B: npt.ArrayLike, temperature: float) -> npt.NDArray[np.float32]:
     """The probability of class 1 of each image, as float32, as predict writes it.
 

@@ -125,6 +125,32 @@ PREDICTIONS_SCHEMA: Final = versioned(
 )
 """`OUTPUT/part-*.parquet`: one row per image; `status` is `ok` or `error`."""
 
+TRIALS_SCHEMA: Final = versioned(
+    "trials",
+    1,
+    [
+        pa.field("trial", pa.int32(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("learning_rate", pa.float64(), nullable=False),
+        pa.field("weight_decay", pa.float64(), nullable=False),
+        pa.field("label_smoothing", pa.float64(), nullable=False),
+        pa.field("augment_strength", pa.float64(), nullable=False),
+        pa.field("min_area", pa.float64(), nullable=False),
+        pa.field("image_size", pa.int32(), nullable=False),
+        pa.field("batch_size", pa.int32(), nullable=False),
+        pa.field("depth", pa.int32()),
+        pa.field("width", pa.float64()),
+        pa.field("head_epochs", pa.int32(), nullable=False),
+        pa.field("epochs", pa.int32(), nullable=False),
+        pa.field("val_accuracy", pa.float64()),
+        pa.field("val_log_loss", pa.float64()),
+        pa.field("started_s", pa.float64(), nullable=False),
+        pa.field("duration_s", pa.float64(), nullable=False),
+        pa.field("error", pa.string()),
+    ],
+)
+"""`trials.parquet`: a row for each trial of a search, with all the settings that it trained with."""
+
 
 def predictions_with(columns: Sequence[str]) -> pa.Schema:
     """`PREDICTIONS_SCHEMA` in the version that has these of its columns."""

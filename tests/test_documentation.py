@@ -27,6 +27,8 @@ from catdog.evaluation import EvaluationRecord, FloatFigures
 from catdog.inference.books import Books, RunRecord
 from catdog.records import Record, percent
 from catdog.training import TrainRecord
+from catdog.tuning import TuneRecord
+from catdog.tuning.space import SETTINGS
 
 PROJECT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "catdog/default_model/README.md")
@@ -436,6 +438,34 @@ def test_prepare_prints_what_the_readme_shows() -> None:
 def test_train_prints_what_the_readme_shows() -> None:
     shown = printed("catdog train --data data --output model --arch efficientnet_lite2 --num-workers 2")
     check_printed(shown, train_record("model", "efficientnet_lite2"))
+
+
+def test_tune_prints_what_the_readme_shows() -> None:
+    (line,) = (line for line in commands(README) if line.startswith("catdog tune"))
+    shown = printed(line)
+    settings = dict.fromkeys(re.findall(r"(\w+) [\d.e-]+", shown[3].removeprefix("  settings")), 0.5)
+    row = {"trial": 1, "val_log_loss": 0.5, "val_accuracy": 0.5, "epochs": 8} | settings
+    (command_line,) = (line.partition("train it")[2].strip() for line in shown if line.startswith("  train it"))
+    assert parsed(command_line) == "train"
+    record: TuneRecord = made(
+        TuneRecord,
+        output="search",
+        arch="cnn",
+        search_seconds=9.0,
+        trials={"ok": 3, "stopped": 4, "cut": 0, "error": 0},
+        num_val_images=5,
+        best=row,
+        recipe=row,
+        command_line=command_line,
+        model_id=None,
+        space=settings,
+    )
+    check_printed(shown, record)
+
+
+def test_the_settings_that_the_readme_says_can_be_searched_are_those_of_the_code() -> None:
+    (named,) = re.findall(r"It may name (`learning_rate`.*?): all of them", unwrapped(README))
+    assert sorted(name for name in codes(named) if name != "resnet") == sorted(SETTINGS)
 
 
 def test_the_training_that_the_readme_shows_made_the_model_that_ships() -> None:

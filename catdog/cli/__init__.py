@@ -24,7 +24,7 @@ from catdog import __version__, provenance, streams
 from catdog.cli import supervised
 from catdog.cli.commands import COMMANDS
 from catdog.cli.parsing import CommonFlags, parse
-from catdog.config import PredictConfig, TrainConfig
+from catdog.config import PredictConfig, TrainConfig, TuneConfig
 from catdog.errors import CatdogError
 from catdog.records import Record
 
@@ -52,6 +52,8 @@ _EXTRA_OF: Final = {
     "keras": "train",
     "matplotlib": "train",
     "nncf": "train",
+    "jinja2": "tune",
+    "optuna": "tune",
     "scipy": "train",
     "tensorflow": "train",
 }
@@ -162,7 +164,7 @@ class DryRun(Record):
     """With no field left to the architecture's recipe."""
 
     plan: dict[str, Any] | None
-    """Of predict: a `catdog.inference.PlanSummary`."""
+    """Of predict: a `catdog.inference.PlanSummary`. Of tune: the training that the trials vary, and the space."""
 
 
 def _dry_run(name: str, config: object) -> DryRun:
@@ -171,6 +173,11 @@ def _dry_run(name: str, config: object) -> DryRun:
         from catdog.training import resolve
 
         config = resolve(config)
+    elif isinstance(config, TuneConfig):
+        from catdog.tuning import space
+
+        base, found = space.resolved(config)
+        plan = {"train": provenance.configuration(base), "space": space.plain(found)}
     elif isinstance(config, PredictConfig):
         from catdog.inference import plan_summary
 

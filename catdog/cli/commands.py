@@ -15,6 +15,7 @@ from catdog.config import (
     PrepareConfig,
     ServeConfig,
     TrainConfig,
+    TuneConfig,
     VerifyConfig,
 )
 
@@ -38,6 +39,12 @@ COMMANDS: Final = {
         "train",
         "catdog train --data data --output model --arch resnet --num-workers 2",
     ),
+    "tune": Command(
+        TuneConfig,
+        "catdog.tuning",
+        "tune",
+        "catdog tune --data data --output search --arch cnn --num-trials 30 --max-hours 2",
+    ),
     "evaluate": Command(
         EvaluateConfig,
         "catdog.evaluation",
@@ -50,6 +57,7 @@ COMMANDS: Final = {
         "predict",
         "catdog predict --images s3://bucket/new --model s3://bucket/model --output s3://bucket/predictions",
     ),
+    "serve": Command(ServeConfig, "catdog.serving", "serve", "catdog serve --model s3://bucket/model --port 8000"),
     "convert": Command(ConvertConfig, "catdog.conversion", "convert", "catdog convert model --data data"),
     "verify": Command(VerifyConfig, "catdog.inference", "run_verify", "catdog verify s3://bucket/predictions"),
     "bench train": Command(
@@ -57,7 +65,6 @@ COMMANDS: Final = {
         "catdog.bench.train",
         "bench_train",
         "catdog bench train --data data --output bench",
-    "serve": Command(ServeConfig, "catdog.serving", "serve", "catdog serve --model s3://bucket/model --port 8000"),
     ),
     "bench chaos": Command(
         BenchChaosConfig,

@@ -17,6 +17,7 @@ from catdog.config.trials import (
     BenchTrainConfig,
     DemoConfig,
 )
+from catdog.config.tuning import TuneConfig
 
 __all__ = [
     "BenchChaosConfig",
@@ -31,9 +32,10 @@ __all__ = [
     "Precision",
     "PredictConfig",
     "PrepareConfig",
-    "Split",
     "ServeConfig",
+    "Split",
     "TrainConfig",
+    "TuneConfig",
     "VerifyConfig",
     "flag",
 ]

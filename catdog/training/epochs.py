@@ -192,6 +192,9 @@ def train_alone(
     Raises:
         TrainingError: the loss is not finite any more.
     """
+    import keras
+
+    keras.utils.clear_session()  # an earlier training of this process may have left its names and graphs
     num_threads = config.cpus_per_worker
     hardware.configure_tensorflow(num_threads=num_threads, num_parallel=num_threads, use_gpu=config.use_gpu)
     share = Share(rank=0, num_workers=1, batch_size=config.batch_size)
