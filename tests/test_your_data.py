@@ -114,14 +114,21 @@ def names_in(folder: str, header: str, table_name: str, labels: list[object], *,
     table_of(table_name, header, [Path(name).stem if stem else name for name in plain], labels)
 
 
+def text_file() -> None:
+    write(FILES, "somewhere")
+    Path("list.txt").write_text("".join(f"somewhere/{name}\n" for name in NAMES))
+
+
+def manifest() -> None:
+    write(FILES, "pictures")
+    table_of("pets.csv", "path,label", [f"pictures/{name}" for name in NAMES], WORDS)
+
+
 WORDS: list[object] = [CLASS_NAMES[label].upper() for label in LABELS]
 
 FORMS: dict[str, Callable[[], object]] = {
     "DCIM": camera,
-    "list.txt": lambda: (
-        write(FILES, "somewhere"),
-        Path("list.txt").write_text("".join(f"somewhere/{n}\n" for n in NAMES)),
-    ),
+    "list.txt": text_file,
     "PetImages": lambda: write({**by_class(("Cat", "Dog")), "Cat/Thumbs.db": b"x", "readme.txt": b"x"}, "PetImages"),
     "cats_and_dogs_filtered": tutorial,
     "animals": lambda: write(by_class(("Katzen", "n02084071/Hund")), "animals"),
@@ -134,10 +141,7 @@ FORMS: dict[str, Callable[[], object]] = {
     "dogs-vs-cats.zip": kaggle,
     "shards/pets-{000000..000001}.tar": webdataset,
     "huggingface": hugging_face,
-    "pets.csv": lambda: (
-        write(FILES, "pictures"),
-        table_of("pets.csv", "path,label", [f"pictures/{n}" for n in NAMES], WORDS),
-    ),
+    "pets.csv": manifest,
     "train": lambda: names_in("train", "id,label", "train_labels.csv", list(LABELS), stem=True),
     "photos": lambda: names_in("photos", "photo,animal", "animals.csv", WORDS),
 }
