@@ -217,7 +217,7 @@ def test_tables_of_labels_that_are_refused(tmp_path: Path, photos: Path) -> None
     )
     table.write_text("\n".join(rows))
     assert f"1 of 4 files without one, the first: {photos}/dog/b.jpg" in refused(tmp_path, photos, str(table))
-    table.write_text("id,class\na,cat")
+    table.write_text("key,class\na,cat")
     assert "must have a column named uri, path," in refused(tmp_path, photos, str(table))
     table.write_text("path,kind\na,cat")
     assert "must have a column named label, labels, class, category, or" in refused(tmp_path, photos, str(table))
