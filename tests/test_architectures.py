@@ -1,6 +1,7 @@
 """`catdog.architectures`: every model has the layers, shapes and recipe that it must have."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -41,6 +42,22 @@ def test_cnn_is_the_classic_stack() -> None:
 def test_resnet_takes_other_sizes_than_it_was_built_for() -> None:
     model = architectures.build_model("resnet", 128)
     assert model(np.zeros((1, 96, 96, 3), "float32")).shape == (1, 1)
+
+
+def test_resnet_takes_other_depths_and_widths() -> None:
+    usual = architectures.build_model("resnet", 64)
+    same = architectures.build_model("resnet", 64, depth=5, width=1.0)
+    assert [weight.shape for weight in same.weights] == [weight.shape for weight in usual.weights]
+
+    def kernels(**shape: Any) -> list[tuple[int, ...]]:
+        model = architectures.build_model("resnet", 64, **shape)
+        return [tuple(weight.shape) for weight in model.weights if len(weight.shape) == 4]
+
+    stem_and_stages = 4
+    for depth in (1, 3, 5, 8):
+        assert len(kernels(depth=depth)) == stem_and_stages + 2 * depth
+    assert max(shape[-1] for shape in kernels(width=0.5)) == 128
+    assert {shape[-1] % 8 for shape in kernels(width=0.3)} == {0}
 
 
 def test_an_unknown_architecture_is_refused() -> None:

@@ -63,6 +63,15 @@ def test_a_view_shows_the_picture_it_was_made_of() -> None:
         assert max(ways) > 0.9
 
 
+def test_without_strength_the_light_stays_as_it_is() -> None:
+    images = np.stack([np.full((32, 32, 3), level, np.uint8) for level in (0, 80, 160, 240)])
+    plain = views(images, seed=9, crop_size=32, colour_strength=0.0)
+    np.testing.assert_allclose(plain, images, atol=1e-3)
+    changes = [np.abs(views(images, seed=9, crop_size=32, colour_strength=each) - images).mean() for each in (0.5, 1.0)]
+    assert 0 < changes[0] < changes[1]
+    np.testing.assert_array_equal(views(images, seed=9, colour_strength=1.0), views(images, seed=9))
+
+
 @pytest.mark.parametrize("order", [[3, 1, 0, 2]])
 def test_pixels_stay_with_their_image(order: list[int]) -> None:
     images = np.stack([np.full((32, 32, 3), level, np.uint8) for level in (0, 80, 160, 240)])[order]

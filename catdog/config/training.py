@@ -66,11 +66,11 @@ class TrainConfig:
 
     augment_strength: float = 1.0
     """How much the training images are rotated, recoloured and mixed, as a multiple of what the network's recipe says:
-    from 0 to 3."""
+    from 0, which still flips and crops them, to 3."""
 
     min_area: float | None = None
-    """Smallest share of an image that a random crop shows in training, above 0; 1 crops nothing. The default is the
-    network's own."""
+    """Smallest share of an image's area that a random crop shows in training: above 0, and at most 1, with which only
+    the crop's shape varies. The default is the network's own."""
 
     shuffle: bool = True
     """Visit the training images in a new random order in every epoch."""
