@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import time
@@ -18,7 +19,7 @@ from catdog.records import Record, percent, plural
 from catdog.training import ResolvedTrainConfig, train
 from catdog.training.request import check_data, for_few_images
 from catdog.tuning import results
-from catdog.tuning.journal import Journal, Trial, best_of
+from catdog.tuning.journal import FINISHED, Journal, Trial, best_of
 from catdog.tuning.space import Space, apply, plain, resolved
 
 logger = logging.getLogger(__name__)
@@ -135,10 +136,15 @@ def tune(config: TuneConfig) -> TuneRecord:
         is_resumed = _begin(config, base, space, info.digest)
         journal = Journal(output, claim)
         num_cpus = max(config.cpus_per_trial, config.num_workers) + hardware.num_cores()
-        with connect(config.ray_address, min_cpus=num_cpus):
-            from catdog.tuning import trials
+        is_done = config.num_trials <= sum(trial.status in FINISHED for trial in journal.trials)
+        is_idle = is_done and not config.train_best  # then only the results are written again
+        with contextlib.nullcontext() if is_idle else connect(config.ray_address, min_cpus=num_cpus):
+            if not is_done:
+                from catdog.tuning import trials
 
-            trials.run(config, base, space, info, journal, lambda: results.publish(journal.trials, config, base, space))
+                trials.run(
+                    config, base, space, info, journal, lambda: results.publish(journal.trials, config, base, space)
+                )
             best = _published(journal, config, base, space)
             model_id = None
             if config.train_best:

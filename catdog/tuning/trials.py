@@ -81,7 +81,7 @@ def run(
     """
     num_left = config.num_trials - sum(trial.status in FINISHED for trial in journal.trials)
     clock = Clock(journal, config.max_hours)
-    if num_left <= 0 or clock.is_over():
+    if clock.is_over():
         return
     capacity = _capacity(config)
     assignment = _assignment(base, space, info)
