@@ -171,8 +171,8 @@ def ping(address: str, timeout_s: float) -> None:
                 raise OSError("what listens there is not the head of a Ray cluster") from error
             if code == grpc.StatusCode.UNAUTHENTICATED:
                 raise OSError(
-                    "that cluster wants a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the token of the cluster "
-                    "unless it lies in ~/.ray/auth_token"
+                    "that cluster wants a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the token of the "
+                    "cluster unless it lies in ~/.ray/auth_token"
                 ) from error
             # Any other refusal is an answer of Ray's.
 
