@@ -65,6 +65,7 @@ class DemoRecord(records.Record):
             f"  {self.prepare.output}/samples.png",
             f"  {self.train.output}/curves.png",
             *(f"  {path}" for name, path in self.evaluate.files.items() if name.endswith(".png")),
+            f"To try the model in a browser: catdog serve --model {self.train.output}",
         ]
 
 

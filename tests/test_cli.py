@@ -45,11 +45,11 @@ def unwrapped(text: str) -> str:
 
 
 COMMANDS = (
-    "catdog must be given one of the commands demo, prepare, train, evaluate, predict, serve, convert, verify, bench train, "
-    "bench chaos, bench predict, bench startup. "
+    "catdog must be given one of the commands demo, prepare, train, tune, evaluate, predict, serve, convert, verify, "
+    "bench train, bench chaos, bench predict, bench serve, bench startup. "
     "Received: "
 )
-BENCH = "catdog bench must be given one of the commands train, chaos, predict, startup. Received: "
+BENCH = "catdog bench must be given one of the commands train, chaos, predict, serve, startup. Received: "
 TRAIN = "train --data d --output o "
 
 
@@ -246,7 +246,7 @@ def test_help_of_a_group_lists_its_commands(capsys: pytest.CaptureFixture[str]) 
     helps(["bench", "--help"])
     out = capsys.readouterr().out
     listed = [command for command in cli.COMMANDS if f"\n  {command} " in out]
-    assert listed == ["bench train", "bench chaos", "bench predict", "bench startup"]
+    assert listed == ["bench train", "bench chaos", "bench predict", "bench serve", "bench startup"]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,12 +21,13 @@ from conftest import SHARED
 from packaging.requirements import Requirement
 
 from catdog import __version__, cli
-from catdog.config import PredictConfig, TrainConfig
+from catdog.config import PredictConfig, ServeConfig, TrainConfig
+from catdog.serving import token
 
 PROJECT = Path(__file__).resolve().parents[1]
 CLUSTER = PROJECT / "cluster"
 CRDS = SHARED / "kuberay-crds"
-RAY_OBJECTS = ["raycluster.yaml", "rayjob-train.yaml", "rayjob-predict.yaml", "cronjob-nightly.yaml"]
+RAY_OBJECTS = ["raycluster.yaml", "rayjob-train.yaml", "rayjob-predict.yaml", "rayservice.yaml", "cronjob-nightly.yaml"]
 RAY_PODS = ["ray-head", "ray-worker"]
 
 
@@ -40,7 +41,7 @@ def nightly(kind: str) -> dict[str, Any]:
 
 
 def ray_object(name: str) -> dict[str, Any]:
-    """The RayCluster or RayJob of a manifest; the nightly one is text in a ConfigMap."""
+    """The RayCluster, RayJob or RayService of a manifest; the nightly one is text in a ConfigMap."""
     if name == "cronjob-nightly.yaml":
         embedded: dict[str, Any] = yaml.safe_load(nightly("ConfigMap")["data"]["rayjob.yaml"])
         return embedded
@@ -50,7 +51,7 @@ def ray_object(name: str) -> dict[str, Any]:
 
 def cluster_spec(name: str) -> dict[str, Any]:
     spec: dict[str, Any] = ray_object(name)["spec"]
-    cluster: dict[str, Any] = spec.get("rayClusterSpec", spec)
+    cluster: dict[str, Any] = spec.get("rayClusterSpec", spec.get("rayClusterConfig", spec))
     return cluster
 
 
@@ -202,6 +203,61 @@ def test_the_train_job_fits_its_cluster() -> None:
     assert config.cpus_per_worker < cpus_per_pod < 2 * config.cpus_per_worker
 
 
+def serve_config() -> Any:
+    return yaml.safe_load(ray_object("rayservice.yaml")["spec"]["serveConfigV2"])
+
+
+def test_the_service_labels_with_the_model_of_the_nightly_job_and_fits_its_cluster() -> None:
+    (application,) = serve_config()["applications"]
+    config = ServeConfig(**application["args"])
+    assert config.model == entrypoint_config("cronjob-nightly.yaml").model
+    (group,) = cluster_spec("rayservice.yaml")["workerGroupSpecs"]
+    assert group["replicas"] == config.num_replicas
+    (container,) = group["template"]["spec"]["containers"]
+    assert config.cpus_per_replica < int(container["resources"]["limits"]["cpu"])  # Serve's proxy needs one, too
+    ports = {each["name"]: each["containerPort"] for each in container["ports"]}
+    assert ports["serve"] == serve_config()["http_options"]["port"]
+    for pod in pod_templates("rayservice.yaml"):
+        assert pod["containers"][0]["env"][0]["name"] == token.VARIABLE
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning")  # Ray's own
+def test_serve_takes_the_services_configuration() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from catdog.serving import ray_serve
+
+    schema = ServeDeploySchema.model_validate(serve_config())
+    (application,) = schema.applications
+    module, _, function = application.import_path.partition(":")
+    assert (module, getattr(ray_serve, function)) == (ray_serve.__name__, ray_serve.application)
+
+
+def compose() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((CLUSTER / "compose.yaml").read_text())
+    return found["services"]  # type: ignore[no-any-return]
+
+
+def test_the_services_of_one_machine_share_a_model() -> None:
+    configs = {}
+    for name, service in compose().items():
+        program, *arguments = service["command"]
+        assert program == "catdog"
+        _, invocation = cli.parse(arguments)
+        configs[name] = invocation.config
+        assert service["image"] == f"catdog:{__version__}-labelling"
+        assert service["user"] != "0"
+        assert service["read_only"]
+        assert service["cap_drop"] == ["ALL"]
+        assert service["volumes"][0].endswith("}:/data:ro")
+    serve, nightly_job = configs["serve"], configs["nightly"]
+    assert serve.model == nightly_job.model
+    assert (serve.host, serve.port) == ("0.0.0.0", 8000)
+    assert int(compose()["serve"]["stop_grace_period"].removesuffix("s")) > serve.drain_s
+    assert token.VARIABLE in compose()["serve"]["environment"]
+
+
 @pytest.mark.parametrize("name", RAY_OBJECTS)
 def test_every_ray_pod_is_fenced_in(name: str) -> None:
     for spec in pod_templates(name):
@@ -229,7 +285,13 @@ def test_one_ray_version_everywhere() -> None:
     (base,) = re.findall(r"^FROM rayproject/ray:([\d.]+)-py311 AS", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
     assert {**stated, "Dockerfile": base} == dict.fromkeys([*stated, "Dockerfile"], version("ray"))
     allowed = [requirement for requirement in requirements() if requirement.name == "ray"]
-    assert {extra for requirement in allowed for extra in requirement.extras} == {"data", "default", "serve", "train"}
+    assert {extra for requirement in allowed for extra in requirement.extras} == {
+        "data",
+        "default",
+        "serve",
+        "train",
+        "tune",
+    }
     assert all(requirement.specifier.contains(version("ray")) for requirement in allowed)
 
 
@@ -248,11 +310,11 @@ def test_images_carry_this_version() -> None:
 def test_the_labelling_image_holds_no_tensorflow() -> None:
     dockerfile = (CLUSTER / "Dockerfile").read_text()
     installed = dict(re.findall(r"^FROM \S+ AS (\w+)$.*?^(RUN pip install .*?)$", dockerfile, re.MULTILINE | re.DOTALL))
-    assert re.findall(r"\.\[([\w,-]+)\]", installed["labelling"]) == ["heif,ray"]
+    assert re.findall(r"\.\[([\w,-]+)\]", installed["labelling"]) == ["heif,serve-ray"]
     assert "tensorflow" not in installed["labelling"]
     assert re.findall(r"\.\[([\w,-]+)\]", installed["cpu"]) == ["train,efficientnet-lite"]
     assert {"ray", "train", "efficientnet-lite"} <= extras().keys()
-    listed = [*dependencies(), *extras()["heif"], *extras()["ray"]]
+    listed = [*dependencies(), *extras()["heif"], *extras()["ray"], *extras()["serve"], *extras()["serve-ray"]]
     names = {requirement.name for requirement in map(Requirement, listed)}
     assert not names & {"tensorflow", "keras"}
 

@@ -18,6 +18,8 @@ from test_layers import LAYERS, PACKAGE, files, part_of
 
 from catdog import bundle, cli, errors, images, metrics, quantization, schema, storage
 from catdog.bench.chaos import BenchChaosRecord, Outcome
+from catdog.bench.serve_record import CONTENDERS, NUM_CLIENTS, BenchServeRecord, Load
+from catdog.bench.spread import spread
 from catdog.bench.train import BenchTrainRecord, Figure
 from catdog.config import flag
 from catdog.dataset.pipeline import PrepareRecord
@@ -26,6 +28,8 @@ from catdog.engines import GOLDEN_TOLERANCES
 from catdog.evaluation import EvaluationRecord, FloatFigures
 from catdog.inference.books import Books, RunRecord
 from catdog.records import Record, percent
+from catdog.serving import problems
+from catdog.serving import service as serving_limits
 from catdog.training import TrainRecord
 from catdog.tuning import TuneRecord
 from catdog.tuning.space import SETTINGS
@@ -35,8 +39,8 @@ PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "catdog/default_model/R
 README = (PROJECT / "README.md").read_text()
 CONTRIBUTING = (PROJECT / "CONTRIBUTING.md").read_text()
 
-OTHER_FLAGS = {"--constraint", "--help", "--version", "--working-dir", "--logdir"}
-"""Flags on the pages that are not of one command of catdog: pip's, Ray's, TensorBoard's, and `catdog --version`."""
+OTHER_FLAGS = {"--constraint", "--help", "--version", "--working-dir", "--logdir", "--data-binary"}
+"""Flags on the pages that are not of one command of catdog: pip's, Ray's, TensorBoard's, curl's, `catdog --version`."""
 
 FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 CODE = re.compile(r"`([^`\n]+)`")
@@ -225,6 +229,16 @@ def test_the_rules_for_null_are_the_schemas() -> None:
 
 def test_the_error_codes_are_the_schemas() -> None:
     assert [codes(row[0])[0] for row in table(README, "error code")] == list(schema.ERROR_CODES)
+
+
+def test_the_codes_of_requests_are_those_of_the_service() -> None:
+    listed: dict[str, int] = {}
+    for names, statuses, _ in table(README, "request code"):
+        listed |= dict(zip(codes(names), map(int, statuses.split(", ") * 2), strict=False))
+    assert listed == {code: status for code, (status, _) in problems.REQUEST_PROBLEMS.items()}
+    for code, status in problems.IMAGE_STATUSES.items():
+        assert re.search(rf"`{code}`[^.]* {status}", unwrapped(README)), f"README does not say the status of {code}"
+    assert f"{serving_limits.MAX_HELD_BYTES // 2**20} MiB are held" in unwrapped(README)
 
 
 def test_the_limits_are_those_of_the_code() -> None:
@@ -571,6 +585,26 @@ def test_bench_chaos_prints_what_the_readme_shows() -> None:
         config={"checkpoint_steps": 20},
     )
     check_printed(shown, record)
+
+
+def test_bench_serve_prints_what_the_readme_shows() -> None:
+    shown = printed("catdog bench serve --images originals.zip --output bench")
+    load = Load(images_per_s=1.0, p50_ms=1.0, p99_ms=1.0, num_answers=1, num_errors=0)
+    record: BenchServeRecord = made(
+        BenchServeRecord,
+        output="bench",
+        num_images=63,
+        ratios=dict.fromkeys(map(str, NUM_CLIENTS), spread([1.0])),
+        alone_ms={"decode": spread([1.0]), "forward": spread([1.0])},
+        overhead_ms=spread([1.0]),
+        agreement=1.0,
+        rounds=[{name: dict.fromkeys(map(str, NUM_CLIENTS), load) for name in CONTENDERS}] * 3,
+        host={"cpu": "x", "num_cores": 2, "system": "x"},
+        duration_s=9.0,
+    )
+    assert [" ".join(line.split()) for line in shape(shown)] == [
+        " ".join(line.split()) for line in shape(record.summary())
+    ]
 
 
 def test_the_books_that_the_readme_shows_close() -> None:

@@ -50,7 +50,7 @@ OWNERS = {
     "botocore": {"storage"},
     "docstring_parser": {"cli"},
     "duckdb": {"dataset", "inference"},
-    "fastapi": {"serving"},
+    "fastapi": {"bench", "serving"},
     "fsspec": {"storage"},
     "imagehash": {"dataset"},
     "jinja2": {"report"},
@@ -73,7 +73,7 @@ OWNERS = {
     "s3fs": {"storage"},
     "starlette": {"serving"},
     "tensorflow": {"architectures", "augment", "bench", "engines", "hardware", "openvino_ir", "training"},
-    "uvicorn": {"serving"},
+    "uvicorn": {"bench", "serving"},
 }
 
 

@@ -124,6 +124,7 @@ def test_labelling_needs_neither_tensorflow_nor_ray(tmp_path: Path) -> None:
         (["predict", "--images", "p", "--output", "out", "--executor", "ray"], "ray"),
         (["prepare", "--images", "p", "--output", "out"], "train"),
         (["demo", "--output", "out"], "train"),
+        (["serve"], "serve"),
     ],
 )
 def test_what_needs_more_says_which_extra(

@@ -15,6 +15,7 @@ from conftest import SHARED
 from inference_case import encoded_drawings
 from PIL import Image
 from serving_case import Running, running
+from test_documentation import README, codes, table
 
 from catdog.config import EngineName, PredictConfig
 from catdog.inference import predict
@@ -231,12 +232,21 @@ def test_the_answers_have_the_headers_of_security(served: Running) -> None:
 
 def test_the_description_names_every_route_and_has_an_example(served: Running) -> None:
     found = served.client.get("/openapi.json").json()
-    assert {"/v1/predict", "/v1/model", "/metrics"} <= set(found["paths"])
+    assert {"/v1/predict", "/v1/explain", "/v1/model", "/v2/models/catdog/infer", "/metrics"} <= set(found["paths"])
     answer = found["paths"]["/v1/predict"]["post"]["responses"]["200"]["content"]["application/json"]
-    assert answer["example"]["predictions"][0]["label"] == "dog"
+    examples = {name: example["value"] for name, example in answer["examples"].items()}
+    assert examples["catdog"]["predictions"][0]["label"] == examples["huggingface"][0]["label"] == "dog"
     properties = found["components"]["schemas"]["Prediction"]["properties"]
-    assert set(answer["example"]["predictions"][0]) < set(properties)  # which leaves out what is null
+    assert set(examples["catdog"]["predictions"][0]) < set(properties)  # which leaves out what is null
     assert served.client.get("/docs").status_code == 404  # FastAPI's page loads scripts from elsewhere
+
+
+def test_the_readme_lists_every_route(served: Running) -> None:
+    rows = table(README, "route")
+    listed = {route for row in rows for route in codes(row[0])}
+    described = served.client.get("/openapi.json").json()["paths"]
+    routes = {f"{method.upper()} {path}" for path, methods in described.items() for method in methods}
+    assert listed == routes | {"GET /openapi.json"}
 
 
 def test_metrics_count(served: Running) -> None:

@@ -152,8 +152,7 @@ def test_slow_clients_are_not_waited_for(model: str, monkeypatch: pytest.MonkeyP
 def test_a_head_without_end_is_cut_off(model: str) -> None:
     with running(model) as served:
         with connected(served.url) as opened, pytest.raises(ConnectionError):
-            for _ in range(10_000):
-                opened.sendall(b"GET / HTTP/1.1\r\nX-Long: " + b"a" * 10_000)
+            opened.sendall(b"GET / HTTP/1.1\r\nX-Long: " + b"a" * 2**27)
         assert served.client.get("/v1/model").status_code == 200
 
 

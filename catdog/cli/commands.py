@@ -6,6 +6,7 @@ from typing import Final
 from catdog.config import (
     BenchChaosConfig,
     BenchPredictConfig,
+    BenchServeConfig,
     BenchStartupConfig,
     BenchTrainConfig,
     ConvertConfig,
@@ -77,6 +78,12 @@ COMMANDS: Final = {
         "catdog.bench.predict",
         "bench_predict",
         "catdog bench predict --images photos --output bench",
+    ),
+    "bench serve": Command(
+        BenchServeConfig,
+        "catdog.bench.serve",
+        "bench_serve",
+        "catdog bench serve --images photographs --output bench",
     ),
     "bench startup": Command(
         BenchStartupConfig,

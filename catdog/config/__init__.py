@@ -13,6 +13,7 @@ from catdog.config.training import TrainConfig
 from catdog.config.trials import (
     BenchChaosConfig,
     BenchPredictConfig,
+    BenchServeConfig,
     BenchStartupConfig,
     BenchTrainConfig,
     DemoConfig,
@@ -22,6 +23,7 @@ from catdog.config.tuning import TuneConfig
 __all__ = [
     "BenchChaosConfig",
     "BenchPredictConfig",
+    "BenchServeConfig",
     "BenchStartupConfig",
     "BenchTrainConfig",
     "ConvertConfig",

@@ -113,6 +113,32 @@ class BenchPredictConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchServeConfig:
+    """Measure how fast this machine serves, against a plain server of FastAPI and Keras with the same weights."""
+
+    images: str
+    """Where the images are, as for `catdog predict`. At most 64 of them are sent, over and over."""
+
+    output: str
+    """Directory to write serve.json to. An earlier serve.json there is replaced."""
+
+    model: str | None = None
+    """Model bundle to label with, written by `catdog train`. The default is the model that comes with catdog."""
+
+    seconds: float = 10.0
+    """Seconds for which each server is asked with each number of clients."""
+
+    rounds: int = 3
+    """Number of times that everything is measured. The figures are medians."""
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        checks.is_url(self, "images", "output", "model")
+        checks.at_least(self, 1, "rounds")
+        checks.require(self.seconds > 0, "--seconds must be above 0", self.seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchStartupConfig:
     """Measure how long one photograph takes from the shell, against the import of the libraries that it needs."""
 

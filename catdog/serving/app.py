@@ -33,6 +33,17 @@ _MEDIA_TYPES: Final = {
 }
 
 
+_PREDICT_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "description": "The results",
+        "content": {
+            "application/json": {
+                "examples": {"catdog": {"value": native.EXAMPLE}, "huggingface": {"value": hugging_face.EXAMPLE}}
+            }
+        },
+    }
+}
+
 SALIENCY_HEADER: Final = "X-Saliency-Method"
 
 
@@ -105,8 +116,8 @@ def create_app(service: Service, *, token: str | None = None) -> FastAPI:
 def _add_native(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/predict",
-        response_model=native.Predictions,
-        responses=native.RESPONSES,
+        response_model=native.Predictions | list[hugging_face.Score] | list[list[hugging_face.Score]],
+        responses=_PREDICT_RESPONSES,
         summary="Label one or many images",
         openapi_extra={"requestBody": native.REQUEST_BODY},
     )
@@ -176,12 +187,7 @@ def _add_open_inference(app: FastAPI, service: Service) -> None:
         "/v2/models/catdog/infer",
         tags=tags,
         summary="Label images",
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": {"type": "object"}, "example": open_inference.EXAMPLE}},
-            }
-        },
+        openapi_extra={"requestBody": open_inference.REQUEST_BODY},
     )
     async def infer(request: Request) -> Response:
         """Label the images of a tensor of `BYTES`: in base64, or as they are with Triton's binary extension."""

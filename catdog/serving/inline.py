@@ -126,6 +126,7 @@ class Server(uvicorn.Server):
     def end(self) -> None:
         """Refuse new requests, answer those under way, and end. Called again: end at once."""
         if self._draining is not None:
+            self.num_cut_off = self._service.num_requests
             self.should_exit = self.force_exit = True
             return
         logger.info("Ending: %d requests are under way", self._service.num_requests)
@@ -133,5 +134,6 @@ class Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         await self._service.drain()
-        self.num_cut_off = self._service.num_requests
-        self.should_exit = True
+        if not self.should_exit:
+            self.num_cut_off = self._service.num_requests
+            self.should_exit = True

@@ -7,8 +7,9 @@ They send an image as the body of the request, or, where they have parameters, `
 import base64
 import binascii
 import json
-from typing import Any, Final
+from typing import Any, Final, Literal
 
+from pydantic import BaseModel
 from starlette.requests import Request
 
 from catdog.errors import ImageError
@@ -30,6 +31,13 @@ _FUNCTIONS: Final = (None, "sigmoid", "softmax")
 """Values of `function_to_apply`: with two classes, both give the calibrated probabilities."""
 
 EXAMPLE: Final = [{"label": "dog", "score": 0.9987654685974121}, {"label": "cat", "score": 0.0012345314025878906}]
+
+
+class Score(BaseModel):
+    """The probability of a class."""
+
+    label: Literal["cat", "dog"]
+    score: float
 
 
 def is_asked_for(request: Request) -> bool:

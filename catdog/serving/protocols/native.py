@@ -64,7 +64,7 @@ class Predictions(BaseModel):
     predictions: list[Prediction]
 
 
-_EXAMPLE: Final = {
+EXAMPLE: Final = {
     "model_id": "9f1c...",
     "predictions": [
         {
@@ -118,10 +118,6 @@ REQUEST_BODY: Final = {
     },
 }
 """What OpenAPI says of the body of `POST /v1/predict`."""
-
-RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
-    200: {"description": "The results", "content": {"application/json": {"example": _EXAMPLE}}}
-}
 
 
 @dataclass(frozen=True, slots=True)

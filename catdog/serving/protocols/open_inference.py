@@ -63,10 +63,53 @@ _OUTPUTS: Final = {
     )
 }
 
-EXAMPLE: Final = {
+_EXAMPLE: Final = {
     "inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": ["/9j/4AAQSkZJRg..."]}],
     "outputs": [{"name": "label"}, {"name": "prob_dog"}],
 }
+
+_PARAMETERS: Final = {"type": "object", "properties": {"binary_data_size": {"type": "integer"}}}
+
+REQUEST_BODY: Final = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["inputs"],
+                "properties": {
+                    "id": {"type": "string"},
+                    "inputs": {
+                        "type": "array",
+                        "minItems": 1,
+                        "maxItems": 1,
+                        "items": {
+                            "type": "object",
+                            "required": ["name", "datatype", "shape"],
+                            "properties": {
+                                "name": {"type": "string"},
+                                "datatype": {"const": "BYTES"},
+                                "shape": {"type": "array", "items": {"type": "integer"}, "minItems": 1},
+                                "data": {"type": "array", "items": {"type": "string", "format": "byte"}},
+                                "parameters": _PARAMETERS,
+                            },
+                        },
+                    },
+                    "outputs": {
+                        "type": "array",
+                        "items": {
+                            "type": "object",
+                            "required": ["name"],
+                            "properties": {"name": {"enum": list(_OUTPUTS)}},
+                        },
+                    },
+                },
+            },
+            "example": _EXAMPLE,
+        }
+    },
+}
+"""What OpenAPI says of the body of `POST /v2/models/catdog/infer`."""
 
 
 def server_metadata() -> dict[str, Any]:
