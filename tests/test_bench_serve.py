@@ -32,8 +32,8 @@ def test_both_servers_are_asked_and_say_the_same(model: str, tmp_path: Path) -> 
             assert load.num_errors == 0
             assert load.num_answers >= num_clients
             assert 0 < load.p50_ms <= load.p99_ms
-    for num_clients, ratio in record.ratios.items():
-        ours, theirs = (measured[name][num_clients].images_per_s for name in CONTENDERS)
+    for clients, ratio in record.ratios.items():
+        ours, theirs = (measured[name][clients].images_per_s for name in CONTENDERS)
         assert ratio.median == pytest.approx(ours / theirs)
     alone_ms = sum(each.median for each in record.alone_ms.values())
     assert record.overhead_ms.median == pytest.approx(measured["catdog"]["1"].p50_ms - alone_ms)
