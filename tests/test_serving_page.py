@@ -253,6 +253,7 @@ def test_everybody_can_use_it(served: Process, open_page: Callable[..., Page], w
 
 def test_the_keyboard_suffices(served: Process, open_page: Callable[..., Page]) -> None:
     page = open_page(served.url)
+    page.on("filechooser", lambda _: None)  # Playwright begins to catch dialogs now, not when Enter is on its way
     expect(page.locator("#model")).not_to_be_empty()
 
     def tab_to(selector: str) -> None:
