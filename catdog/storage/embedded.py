@@ -12,6 +12,7 @@ import os
 import re
 import threading
 import urllib.parse
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
 
@@ -101,8 +102,9 @@ class _Images:
     def __init__(self, url: str, column: str, version: str) -> None:
         self.version = version
         self._lock = threading.Lock()
-        self._stack = contextlib.ExitStack()
-        self._parquet = tables.open_parquet(url, self._stack)
+        closing = contextlib.ExitStack()
+        weakref.finalize(self, closing.close)
+        self._parquet = tables.open_parquet(url, closing)
         self._column = column
         if column not in self._parquet.schema_arrow.names:
             raise ImageError("not_found", f"the table has no column {column}")
