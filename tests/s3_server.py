@@ -20,6 +20,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from catdog.ray_session import connect
+
 _START_S = 180.0
 
 _PATIENCE_S = 20.0
@@ -113,3 +115,14 @@ def s3(s3_process: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     for name, value in s3_process.env.items():
         monkeypatch.setenv(name, value)
     return s3_process
+
+
+@contextlib.contextmanager
+def ray_that_finds(server: S3Server) -> Iterator[None]:
+    """Run an embedded Ray whose workers find the server."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.env.items():
+            patch.setenv(name, value)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with connect(None):
+            yield

@@ -18,14 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from s3_server import S3Server
+from s3_server import S3Server, ray_that_finds
 from test_dataset import encoded, picture
 
 from catdog import images, storage
 from catdog.config import PrepareConfig
 from catdog.dataset import catalog, check_shards, iter_split, load_info, prepare, ray_tasks
 from catdog.errors import DatasetError, OutputRefusedError, StorageError
-from catdog.ray_session import connect
 from catdog.schema import CLASS_NAMES, DATASET_SCHEMA, REJECTS_SCHEMA, SPLITS
 
 pytest_plugins = ["s3_server"]
@@ -40,12 +39,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def ray(s3_process: S3Server) -> Iterator[None]:
     """One embedded Ray for the module; its workers find the S3 server."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in s3_process.env.items():
-            patch.setenv(name, value)
-        patch.delenv("RAY_ADDRESS", raising=False)
-        with connect(None):
-            yield
+    with ray_that_finds(s3_process):
+        yield
 
 
 def rows_of(url: str) -> dict[str, dict[str, Any]]:

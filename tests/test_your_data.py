@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from inference_case import encoded_drawings, rows_of
-from s3_server import S3Server
+from s3_server import S3Server, ray_that_finds
 from test_documentation import README, codes, table
 from test_storage_inventory import write_inventory
 from test_storage_tars import PACKERS, make_tar
@@ -22,7 +22,6 @@ from catdog.config import EvaluateConfig, PredictConfig, TrainConfig
 from catdog.dataset import load_info
 from catdog.evaluation import evaluate
 from catdog.inference import predict
-from catdog.ray_session import connect
 from catdog.schema import CLASS_NAMES
 from catdog.training import train
 
@@ -151,12 +150,8 @@ FORMS: dict[str, Callable[[], object]] = {
 @pytest.fixture(scope="module")
 def ray(s3_process: S3Server) -> Iterator[None]:
     """One embedded Ray for the module."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in s3_process.env.items():
-            patch.setenv(name, value)
-        patch.delenv("RAY_ADDRESS", raising=False)
-        with connect(None):
-            yield
+    with ray_that_finds(s3_process):
+        yield
 
 
 def in_bucket(args: list[str], bucket: str) -> list[str]:

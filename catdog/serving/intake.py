@@ -93,7 +93,7 @@ class Body:
 
     async def _whole(self) -> Upload:
         """The body as one image."""
-        num_bytes = int(length) if (length := self._declared_length()) is not None else 0
+        num_bytes = self._declared_length()
         if num_bytes > self._limits.max_bytes:
             raise _too_large_image(num_bytes, self._limits)
         with _as_image_error(self._limits):
@@ -119,17 +119,18 @@ class Body:
         if not form.num_files:
             raise ProblemError("bad_request", "the request must have at least one file")
 
-    def _declared_length(self) -> int | None:
+    def _declared_length(self) -> int:
+        """What `Content-Length` says; 0 if it says nothing."""
         length = self._request.headers.get("content-length", "")
-        return int(length) if length.isascii() and length.isdigit() else None
+        return int(length) if length.isascii() and length.isdigit() else 0
 
     async def _chunks(self, max_bytes: int) -> AsyncIterator[bytes]:
         if self._request.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
             raise ProblemError("unsupported_encoding", "send the body as it is, without Content-Encoding")
-        if (self._declared_length() or 0) > max_bytes:
+        if self._declared_length() > max_bytes:
             raise _too_large_request(max_bytes)
         stream = self._request.stream().__aiter__()
-        num_bytes, started, waited_s = 0, time.monotonic(), 0.0
+        num_bytes, waited_s = 0, 0.0
         while True:
             # Time in which nobody reads, because too many images wait, is not the client's.
             deadline_s = self._limits.timeout_s + num_bytes / MIN_BYTES_PER_S - waited_s
