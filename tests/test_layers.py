@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "catdog"
 LAYERS = [
     {"errors"},
     {"schema"},
-    {"config", "portions"},
+    {"config", "failpoints", "portions"},
     {"hardware", "scratch"},
     {"provenance"},
     {"ray_internals"},

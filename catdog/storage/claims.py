@@ -35,6 +35,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from catdog import failpoints
 from catdog.errors import ClaimLostError, OutputClaimedError, StorageError
 from catdog.provenance import redact
 from catdog.storage import outages, s3
@@ -167,7 +168,8 @@ def claimed(output: str, command: str) -> Iterator[Claim]:
     output = absolute(output)
     made = _make_directories(output)
     try:
-        claim = _acquire(output, command)
+        with failpoints.step("claim"):
+            claim = _acquire(output, command)
         try:
             yield claim
         finally:

@@ -15,6 +15,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from catdog import failpoints
 from catdog.errors import OutputRefusedError, StorageError
 from catdog.provenance import redact
 from catdog.storage import s3
@@ -77,7 +78,7 @@ def delete(url: str, *, patience_s: float | None = None) -> None:
         else:
             os.remove(path)
 
-    with _writing(url), contextlib.suppress(FileNotFoundError):
+    with _writing(url), contextlib.suppress(FileNotFoundError), failpoints.step("delete"):
         attempt(url, remove, patience_s=patience_s)
 
 
@@ -151,10 +152,13 @@ def _publish_local(path: str, write: Callable[[IO[bytes]], Any]) -> None:
     temporary = os.path.join(directory, _temporary(name))
     try:
         with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            with failpoints.step("write"):
+                write(file)
+                file.flush()
+            with failpoints.step("sync"):
+                os.fsync(file.fileno())
+        with failpoints.step("publish"):
+            os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
@@ -165,7 +169,8 @@ def _publish_local(path: str, write: Callable[[IO[bytes]], Any]) -> None:
 def _publish_remote(url: str, put: Callable[[Any, str], Any]) -> None:
     fs, path = filesystem(url)
     if url.partition("://")[0] in OBJECT_STORES:
-        put(fs, path)
+        with failpoints.step("publish"):
+            put(fs, path)
         return
     _publish_by_rename(fs, path, put)
 
