@@ -155,6 +155,21 @@ def open_upright(data: bytes) -> Image.Image:
     return loaded.turn(loaded.rgb)
 
 
+def thumbnail(data: bytes, size_px: int) -> bytes:
+    """A small JPEG file of an encoded image, upright and whole, of `size_px` pixels on its longer side at most.
+
+    Raises:
+        ImageError: as `decode`.
+    """
+    loaded = _load(data, draft_px=2 * size_px)
+    small = loaded.rgb.copy()
+    small.thumbnail((size_px, size_px), Image.Resampling.BILINEAR)
+    small.info.clear()  # Pillow would write the original's comment and profile
+    buffer = io.BytesIO()
+    loaded.turn(small).save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
+
+
 def canonical_bytes(data: bytes) -> CanonicalImage:
     """Validate an image by decoding it, and return it as an encoded, upright RGB image.
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 
 from catdog import bundle, storage
 from catdog.config import PredictConfig
-from catdog.inference import books, executors
+from catdog.inference import books, executors, morning
 from catdog.inference.books import RunRecord
 from catdog.inference.plan import Plan, open_plan
 from catdog.inference.publish import list_parts
@@ -72,9 +72,19 @@ def predict(config: PredictConfig) -> RunRecord:
             ledger.enter(results)
         done = time.monotonic()
         durations_s = {"plan": planned - started, "label": done - planned, "total": done - started}
-        record = ledger.close(config, job, executor=executor, started_at=started_at, durations_s=durations_s)
+        nights = morning.earlier_nights(output, job.model_id)
+        record = ledger.close(
+            config,
+            job,
+            executor=executor,
+            started_at=started_at,
+            durations_s=durations_s,
+            calibration_error=morning.calibration_error(model.card),
+            earlier=nights,
+        )
         claim.check()
         storage.publish_json(storage.join(output, books.RUNS_NAME, f"{job.run_id}.json"), record.to_dict())
+        morning.publish_report(config, output, record, ledger.findings, nights)
     return record
 
 

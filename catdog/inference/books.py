@@ -2,19 +2,23 @@
 
 import contextlib
 import logging
+import math
 import secrets
 import time
 from collections import Counter
-from collections.abc import Generator
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Final
 
 from catdog import provenance, records
 from catdog.config import PredictConfig
 from catdog.errors import BooksError, StorageError
+from catdog.inference import drift, findings
+from catdog.inference.findings import CONFIDENCE_EDGES
 from catdog.inference.plan import PASSING_CODES, Counts
 from catdog.inference.work import Job, SliceResult
+from catdog.metrics import Estimate
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +118,27 @@ class RunRecord(records.Record):
     versions: dict[str, str]
     host: provenance.Host
 
+    # What follows is not in the records of older catdogs.
+
+    confidence_edges: tuple[float, ...] = ()
+    """Edges of the bins of `confidence`."""
+
+    confidence: dict[str, list[int]] = field(default_factory=dict)
+    """`cat` or `dog` → number of rows of this run in each bin of their confidence."""
+
+    review_reasons: dict[str, int] = field(default_factory=dict)
+    """Review reason → number of rows of this run."""
+
+    expected_accuracy: Estimate | None = None
+    """Share of the labels that are right if the model is calibrated for these photographs, without those that show
+    neither animal (`Ledger.expected_accuracy`); None if nothing was labelled."""
+
+    drift: list[str] = field(default_factory=list)
+    """How this run's rows differ from those of earlier runs, a sentence each."""
+
+    checksum: str | None = None
+    """Of all labels of this run (`Findings.checksum`), in hex. `catdog verify` computes it anew."""
+
     def summary(self) -> list[str]:
         """The numbers of labels and errors, and the books."""
         if self.books.labelled:
@@ -126,6 +151,7 @@ class RunRecord(records.Record):
         return [
             head,
             f"  labels   {records.counted(self.labels)}; {self.needs_review:,} need review",
+            *(f"  drift    {text}" for text in self.drift),
             *([f"  errors   {records.counted(self.errors)}"] if self.errors else []),
             *([f"  skipped  {records.counted(self.skipped)}"] if self.skipped else []),
             f"  books    {self.books}",
@@ -172,6 +198,7 @@ class Ledger:
         self.num_bytes = 0
         self.thread_s: Counter[str] = Counter()
         self.engines: Counter[str] = Counter()
+        self.findings = findings.nothing()
         logger.info(
             "Listed %d images: %d to label, %d already done, %d duplicates; %d things skipped",
             *(counts.listed, counts.to_label, counts.already_done, counts.duplicate, sum(skipped.values())),
@@ -209,6 +236,8 @@ class Ledger:
         self.needs_review += result.needs_review
         self.num_bytes += result.num_bytes
         self.engines[result.engine] += sum(result.labels.values())
+        if result.findings is not None:
+            findings.add(self.findings, result.findings)
         for stage in ("decode", "score", "publish"):
             self.thread_s[stage] += getattr(result, f"{stage}_s")
 
@@ -220,8 +249,19 @@ class Ledger:
         executor: str,
         started_at: datetime,
         durations_s: dict[str, float],
+        calibration_error: float = 0.0,
+        earlier: Sequence[drift.Night] = (),
     ) -> RunRecord:
         """Close the books, and return the run record.
+
+        Args:
+            config: the configuration of the run.
+            job: what its workers were told.
+            executor: where it labelled.
+            started_at: when it began.
+            durations_s: how long each stage took.
+            calibration_error: how far off the model's probabilities may be on average (`expected_accuracy`).
+            earlier: the nights to compare with.
 
         Raises:
             BooksError: the books do not balance, or a slice was labelled twice.
@@ -239,7 +279,7 @@ class Ledger:
         if len(set(self.parts)) != len(self.parts):
             raise BooksError(f"every part must be written once. Received: {Counter(self.parts).most_common(1)}")
         failed_fraction = books.error / books.labelled if books.labelled else 0.0
-        return RunRecord(
+        record = RunRecord(
             run_id=job.run_id,
             output=provenance.redact(config.output),
             model_id=job.model_id,
@@ -261,7 +301,33 @@ class Ledger:
             config=provenance.configuration(config),
             versions=provenance.versions(),
             host=provenance.host(),
+            confidence_edges=CONFIDENCE_EDGES,
+            confidence=self.findings["confidence"],
+            review_reasons=dict(sorted(self.findings["review_reasons"].items())),
+            expected_accuracy=self.expected_accuracy(calibration_error),
+            checksum=f"{self.findings['checksum']:016x}",
         )
+        found = drift.compare(drift.night_of(record.to_dict()), earlier)
+        return replace(record, drift=[shift.text for shift in found.drifted])
+
+    def expected_accuracy(self, calibration_error: float) -> Estimate | None:
+        """The share of the labels that are right, if the model is calibrated, with a 95 % interval.
+
+        A calibrated model is right with a probability that is its confidence. So the number of right labels is expected
+        to be the sum of the confidences, as in NannyML's confidence-based performance estimation (CBPE) and as in the
+        average confidence of Guillory et al., "Predicting with Confidence on Unseen Distributions", ICCV 2021. The
+        interval has room for chance, whose variance is the sum of c (1 - c), and for the calibration error.
+
+        Args:
+            calibration_error: how far off the model's probabilities may be on average, as measured in validation.
+        """
+        num = self.findings["judged"]
+        if not num:
+            return None
+        value = self.findings["confidence_sum"] / num
+        half = 1.96 * math.sqrt(self.findings["confidence_variance"]) / num + calibration_error
+        ci95 = [round(max(value - half, 0.0), 6), round(min(value + half, 1.0), 6)]
+        return Estimate(value=round(value, 6), ci95=ci95)
 
 
 def _rounded(seconds: dict[str, float] | Counter[str]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from catdog import bundle, storage
 from catdog.config import EngineName
 from catdog.errors import BundleError, ClaimLostError, ImageError, StorageError
 from catdog.inference import trial
+from catdog.inference.findings import Findings, findings
 from catdog.inference.plan import CONTENT_VERSION, Slice
 from catdog.inference.publish import publish_part, rows_of_run
 from catdog.inference.sources import Root
@@ -111,6 +112,9 @@ class SliceResult:
 
     publish_s: float
     """Seconds that a thread spent writing the part file."""
+
+    findings: Findings | None = None
+    """What was found in the rows."""
 
 
 class Worker:
@@ -210,6 +214,7 @@ class Worker:
             score_s=sum(portion.score_s for portion in labelled),
             engine=f"{self._labeller.engine.name} {self._labeller.engine.arithmetic}",
             publish_s=time.perf_counter() - started,
+            findings=findings(rows),
         )
 
     def _publish_rows(self, piece: Slice, rows: pa.Table) -> bool:
