@@ -61,7 +61,10 @@ class Verdict:
     """Probability of `label`."""
 
     needs_review: bool | None = None
-    """Whether the confidence is below the bundle's `review_threshold`."""
+    """Whether a person should look."""
+
+    review_reason: str | None = None
+    """Why a person should look: one of `catdog.schema.REVIEW_REASONS`; None if nobody needs to."""
 
     error_code: str | None = None
     """One of `catdog.schema.ERROR_CODES`; None if there is a label."""
@@ -218,15 +221,24 @@ class Labeller:
                 prob_cat, prob_dog = next(scored)
                 is_dog = prob_dog >= prob_cat
                 confidence = prob_dog if is_dog else prob_cat
+                reason = _review_reason(verdict, is_unsure=confidence < threshold)
                 verdict = replace(
                     verdict,
                     label=CLASS_NAMES[is_dog],
                     prob_dog=prob_dog,
                     confidence=confidence,
-                    needs_review=confidence < threshold,
+                    needs_review=reason is not None,
+                    review_reason=reason,
                 )
             verdicts.append(verdict)
         return verdicts
+
+
+def _review_reason(verdict: Verdict, *, is_unsure: bool) -> str | None:
+    """Why a person should look at an image: the first of `REVIEW_REASONS` that holds, or None."""
+    if verdict.remark is not None:
+        return "damaged"
+    return "unsure" if is_unsure else None
 
 
 def load_labeller(

@@ -28,6 +28,13 @@ ERROR_CODES: Final = (
 )
 """The reasons why an image has no label. The list is closed, so that programs may branch on its codes."""
 
+REVIEW_REASONS: Final = (
+    "damaged",  # pixels of the file are missing
+    "neither",  # it looks like neither a cat nor a dog
+    "unsure",  # the confidence is below the review threshold
+)
+"""The reasons why a person should look at a label. Of several that hold, the first one is given."""
+
 REJECT_REASONS: Final = (*ERROR_CODES, "not_an_image", "exact_duplicate", "near_duplicate", "conflicting_label")
 """The reasons why a listed file is not in a dataset's shards."""
 
@@ -102,7 +109,7 @@ REJECTS_SCHEMA: Final = versioned(
 
 PREDICTIONS_SCHEMA: Final = versioned(
     "predictions",
-    2,
+    3,
     [
         pa.field("uri", pa.string(), nullable=False),
         pa.field("image_id", pa.string()),
@@ -111,6 +118,7 @@ PREDICTIONS_SCHEMA: Final = versioned(
         pa.field("prob_dog", pa.float32()),
         pa.field("confidence", pa.float32()),
         pa.field("needs_review", pa.bool_()),
+        pa.field("review_reason", pa.string()),  # since version 3
         pa.field("status", pa.string(), nullable=False),
         pa.field("error_code", pa.string()),
         pa.field("error_message", pa.string()),
@@ -123,7 +131,10 @@ PREDICTIONS_SCHEMA: Final = versioned(
         pa.field("predicted_at", pa.timestamp("us", tz="UTC"), nullable=False),
     ],
 )
-"""`OUTPUT/part-*.parquet`: one row per image; `status` is `ok` or `error`."""
+"""`OUTPUT/part-*.parquet`: one row per image; `status` is `ok` or `error`, `review_reason` one of `REVIEW_REASONS`."""
+
+_PREDICTIONS_SINCE: Final = {"remark": 2, "review_reason": 3}
+"""Columns that the first version of the predictions did not have → the version that brought them."""
 
 TRIALS_SCHEMA: Final = versioned(
     "trials",
@@ -154,9 +165,9 @@ TRIALS_SCHEMA: Final = versioned(
 
 def predictions_with(columns: Sequence[str]) -> pa.Schema:
     """`PREDICTIONS_SCHEMA` in the version that has these of its columns."""
-    if "remark" in columns:
-        return PREDICTIONS_SCHEMA
-    return versioned("predictions", 1, [field for field in PREDICTIONS_SCHEMA if field.name != "remark"])
+    version = max((since for name, since in _PREDICTIONS_SINCE.items() if name in columns), default=1)
+    fields = [field for field in PREDICTIONS_SCHEMA if _PREDICTIONS_SINCE.get(field.name, 1) <= version]
+    return versioned("predictions", version, fields)
 
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)

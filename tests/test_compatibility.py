@@ -16,17 +16,17 @@ from catdog.inference.books import Books
 
 pytestmark = pytest.mark.slow
 
-LATER_COLUMNS = ("remark",)
-"""The columns that part files did not have at first."""
+LATER_COLUMNS = {1: ("remark", "review_reason"), 2: ("review_reason",)}
+"""Version of the predictions → the columns that it did not have yet."""
 
 
-def without_version(path: Path) -> None:
-    """Write a Parquet file again as catdog 0.1.0 wrote it."""
+def of_version(path: Path, version: int) -> None:
+    """Write a Parquet file again in an earlier version. catdog 0.1.0 wrote version 1, without saying so."""
     table = pq.read_table(path)
-    assert b"catdog.schema" in table.schema.metadata
-    table = table.drop_columns([name for name in table.column_names if name in LATER_COLUMNS])
-    pq.write_table(table.replace_schema_metadata(None), path, compression="zstd")
-    assert b"catdog.schema" not in (pq.read_schema(path).metadata or {})
+    name, _, _ = table.schema.metadata[b"catdog.schema"].rpartition(b"/")
+    table = table.drop_columns([each for each in table.column_names if each in LATER_COLUMNS[version]])
+    metadata = {b"catdog.schema": b"%s/%d" % (name, version)} if version > 1 else None
+    pq.write_table(table.replace_schema_metadata(metadata), path, compression="zstd")
 
 
 def of_a_later_version(path: Path) -> None:
@@ -35,13 +35,14 @@ def of_a_later_version(path: Path) -> None:
     pq.write_table(table.replace_schema_metadata({b"catdog.schema": name + b"/99"}), path)
 
 
-def test_an_earlier_output_is_added_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", LATER_COLUMNS)
+def test_an_earlier_output_is_added_to(version: int, tmp_path: Path) -> None:
     images, output = photographs(tmp_path / "photos", 20), tmp_path / "out"
     model = save_model(str(tmp_path / "model"))
     config = PredictConfig(images=str(images), output=str(output), model=model, executor="inline")
     first = predict(config)
     for path in output.glob("part-*.parquet"):
-        without_version(path)
+        of_version(path, version)
     record = output / "_runs" / f"{first.run_id}.json"
     written = json.loads(record.read_text())
     record.write_text(json.dumps({name: value for name, value in written.items() if name != "host"}))
@@ -59,12 +60,14 @@ def test_an_earlier_output_is_added_to(tmp_path: Path) -> None:
     assert (summary.rows, summary.runs) == (26, 4)
     kept = rows_of(output)
     ok = [row for row in earlier.to_pylist() if row["status"] == "ok"]
-    assert not set(LATER_COLUMNS) & {*earlier.column_names}
+    assert not set(LATER_COLUMNS[version]) & {*earlier.column_names}
     assert all(row in kept.to_pylist() for row in ok)
     # An output keeps its columns: DuckDB and Polars read no files that lie together and differ.
     assert {tuple(pq.read_schema(path).names) for path in output.glob("part-*.parquet")} == {
         tuple(earlier.column_names)
     }
+    marks = {(pq.read_schema(path).metadata or {}).get(b"catdog.schema") for path in output.glob("part-*.parquet")}
+    assert marks <= {None, b"predictions/%d" % version}
     ((count,),) = duckdb.execute(f"SELECT count(*) FROM '{output}/part-*.parquet'").fetchall()
     assert count == 26
 
@@ -75,7 +78,7 @@ def test_an_output_of_a_later_version_is_refused(tmp_path: Path) -> None:
     predict(config)
     for path in output.glob("part-*.parquet"):
         of_a_later_version(path)
-    message = r"holds none: it is predictions/99, and this catdog reads predictions/1 to predictions/2$"
+    message = r"holds none: it is predictions/99, and this catdog reads predictions/1 to predictions/3$"
     with pytest.raises(OutputRefusedError, match=message):
         predict(config)
 
@@ -86,7 +89,7 @@ def test_an_earlier_dataset_is_read_and_a_later_one_refused(tmp_path: Path) -> N
 
     data = write_dataset(str(tmp_path / "data"), [pictures([(0, -50), (1, 50)])])
     (shard,) = Path(data).glob("test/*.parquet")
-    without_version(shard)
+    of_version(shard, 1)
     assert sum(len(batch) for batch in dataset.iter_split(data, "test")) == 2
     pq.write_table(pq.read_table(shard).cast(schema.DATASET_SCHEMA), shard)
     of_a_later_version(shard)

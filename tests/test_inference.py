@@ -65,10 +65,12 @@ def test_every_file_is_one_row_and_the_second_run_labels_nothing(photos: Path, t
             assert row["label"] == CLASS_NAMES[dog >= 0.5]
             assert row["confidence"] == pytest.approx(max(dog, 1 - dog), rel=1e-6)
             assert row["needs_review"] == (row["confidence"] < REVIEW_THRESHOLD)
+            assert row["review_reason"] == ("unsure" if row["needs_review"] else None)
             assert 150 <= min(row["width"], row["height"]) <= max(row["width"], row["height"]) < 260
             assert row["error_code"] is None
         else:
-            assert [row[name] for name in ("label", "prob_dog", "confidence", "needs_review", "width")] == [None] * 5
+            nulls = ("label", "prob_dog", "confidence", "needs_review", "review_reason", "width")
+            assert [row[name] for name in nulls] == [None] * 6
             assert row["error_code"] in ERROR_CODES
             assert row["error_message"]
     assert len(set(rows["prob_dog"].to_pylist())) > NUM_PHOTOS / 2

@@ -1,6 +1,7 @@
 """`catdog.labelling`: what a verdict says, what does not change it, and how many images are held at a time."""
 
 import functools
+import io
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from inference_case import Says, encoded_drawings
+from PIL import Image
 
 from catdog import labelling
 from catdog.bundle import Arithmetic, Bundle
@@ -75,6 +77,18 @@ def test_what_a_logit_means(bundle: Bundle) -> None:
     assert [verdict.label for verdict in verdicts] == ["cat", "dog", "dog", "dog"]
     assert [verdict.confidence for verdict in verdicts] == pytest.approx(np.maximum(prob_dog_B, 1 - prob_dog_B))
     assert [verdict.needs_review for verdict in verdicts] == [False, True, False, True]
+
+
+def test_why_a_person_should_look(bundle: Bundle) -> None:
+    grain = np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)
+    with io.BytesIO() as file:
+        Image.fromarray(grain).save(file, "JPEG")
+        cut = file.getvalue()[:-1000]  # a tenth of its rows may be missing
+    with Labeller(bundle, Says(-3.0, 0.3, -3.0, 0.3)) as labeller:
+        verdicts = labeller.label([*PICTURES[:2], cut, cut])
+    assert [verdict.review_reason for verdict in verdicts] == [None, "unsure", "damaged", "damaged"]
+    assert [verdict.needs_review for verdict in verdicts] == [False, True, True, True]
+    assert all(verdict.remark for verdict in verdicts[2:])
 
 
 def test_a_bad_image_is_a_verdict_and_disturbs_no_other(labeller: Labeller) -> None:

@@ -56,11 +56,22 @@ def test_anything_else_is_refused(found: pa.Schema, expected: pa.Schema, message
     [
         (schema.DATASET_SCHEMA, b"dataset/1"),
         (schema.REJECTS_SCHEMA, b"rejects/1"),
-        (schema.PREDICTIONS_SCHEMA, b"predictions/2"),
+        (schema.PREDICTIONS_SCHEMA, b"predictions/3"),
     ],
 )
 def test_every_schema_says_its_version(its_schema: pa.Schema, mark: bytes) -> None:
     assert its_schema.metadata == {b"catdog.schema": mark}
+
+
+@pytest.mark.parametrize(
+    ("version", "lacking"), [(1, {"remark", "review_reason"}), (2, {"review_reason"}), (3, set[str]())]
+)
+def test_the_version_that_has_these_columns(version: int, lacking: set[str]) -> None:
+    columns = [name for name in schema.PREDICTIONS_SCHEMA.names if name not in lacking]
+    found = schema.predictions_with(columns)
+    assert found.names == columns
+    assert found.metadata == {b"catdog.schema": b"predictions/%d" % version}
+    assert schema.predictions_with(["uri", "source_version", *columns[-3:]]).names == schema.predictions_with([]).names
 
 
 VALUES: dict[str, st.SearchStrategy[Any]] = {

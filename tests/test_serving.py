@@ -64,8 +64,8 @@ def pictures_of(shared: Path) -> dict[str, bytes]:
 
 
 COMMON = (
-    "label", "prob_dog", "confidence", "needs_review", "status", "error_code", "error_message", "remark",
-    "width", "height", "num_bytes", "image_id",
+    "label", "prob_dog", "confidence", "needs_review", "review_reason", "status", "error_code", "error_message",
+    "remark", "width", "height", "num_bytes", "image_id",
 )  # fmt: skip
 
 

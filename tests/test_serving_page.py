@@ -122,7 +122,7 @@ def test_a_picture_gets_what_the_service_says(served: Process, open_page: Callab
     expect(card.locator(".name")).to_have_text("rex.jpg")
     expect(card.locator(".verdict")).to_contain_text(row["label"].capitalize())
     expect(card.locator(".confidence")).to_have_text(f"{100 * row['confidence']:.1f} %")
-    assert card.locator(".review").is_visible() == row["needs_review"]
+    assert card.locator(".review").is_visible() == row["needs_review"] == (row["review_reason"] is not None)
     assert row["read_as"] in card.locator(".read").inner_text().replace("\xa0", " ")
     assert "orientation 6" in row["read_as"]
     thumbnail = card.locator(".thumbnail")

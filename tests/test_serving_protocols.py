@@ -111,7 +111,7 @@ def test_the_public_client_gets_the_same_answers(
     client: triton.InferenceServerClient, served: Running, is_binary: bool
 ) -> None:
     rows = [native(served, drawing) for drawing in DRAWINGS]
-    names = ["label", "prob_dog", "confidence", "needs_review", "error_code"]
+    names = ["label", "prob_dog", "confidence", "needs_review", "review_reason", "error_code"]
     outputs = [triton.InferRequestedOutput(name, binary_data=is_binary) for name in names]
     result = infer(client, DRAWINGS, is_binary=is_binary, outputs=outputs, request_id="7")
     texts = [value.decode() if isinstance(value, bytes) else value for value in result.as_numpy("label")]

@@ -26,6 +26,13 @@ const IN_WORDS = {
   timeout: "The picture was sent too slowly",
 };
 
+/** Why a person should look, in words. */
+const REVIEW_IN_WORDS = {
+  damaged: "Part of the picture is missing: a person should look",
+  neither: "Perhaps neither a cat nor a dog: a person should look",
+  unsure: "Not sure: a person should look",
+};
+
 /** Codes that would meet every picture, for now. */
 const CLOSED = new Set(["unauthorized", "unreachable", "draining"]);
 
@@ -354,7 +361,7 @@ function show(item) {
   card.dataset.label = (state === "ok" && row.label) || "";
   const part = (name) => card.querySelector(name);
   part(".verdict").replaceChildren(...verdictOf(item));
-  part(".review").hidden = !(state === "ok" && row.needs_review);
+  setText(part(".review"), state === "ok" && row.needs_review ? [REVIEW_IN_WORDS[row.review_reason]] : []);
   part(".scale").hidden = part(".why").hidden = state !== "ok";
   if (state === "ok") part(".mark").style.left = `${100 * row.prob_dog}%`;
   setText(part(".detail"), state === "error" ? detailOf(row) : []);
@@ -473,8 +480,8 @@ const whatOverlayShows = ({ row, method }) => `What glows speaks for “${row.la
 
 /** The columns of the bulk job, in its order. */
 const COLUMNS = [
-  "uri", "image_id", "source_version", "label", "prob_dog", "confidence", "needs_review", "status", "error_code",
-  "error_message", "remark", "width", "height", "num_bytes", "model_id", "run_id", "predicted_at",
+  "uri", "image_id", "source_version", "label", "prob_dog", "confidence", "needs_review", "review_reason", "status",
+  "error_code", "error_message", "remark", "width", "height", "num_bytes", "model_id", "run_id", "predicted_at",
 ];
 
 function csv() {

@@ -36,6 +36,9 @@ class Prediction(BaseModel):
     needs_review: bool | None
     """Whether a person should look."""
 
+    review_reason: Literal["damaged", "neither", "unsure"] | None
+    """Why a person should look."""
+
     error_code: str | None
     error_message: str | None
     remark: str | None
@@ -74,6 +77,7 @@ EXAMPLE: Final = {
             "prob_dog": 0.9987654685974121,
             "confidence": 0.9987654685974121,
             "needs_review": False,
+            "review_reason": None,
             "error_code": None,
             "error_message": None,
             "remark": None,
@@ -160,6 +164,7 @@ def _row(result: Result, size_px: int) -> dict[str, Any]:
         "prob_dog": verdict.prob_dog,
         "confidence": verdict.confidence,
         "needs_review": verdict.needs_review,
+        "review_reason": verdict.review_reason,
         "error_code": verdict.error_code,
         "error_message": verdict.error_message,
         "remark": verdict.remark,

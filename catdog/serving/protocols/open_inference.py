@@ -58,6 +58,7 @@ _OUTPUTS: Final = {
         ("prob_dog", "FP32"),
         ("confidence", "FP32"),
         ("needs_review", "BOOL"),
+        ("review_reason", "BYTES"),
         ("error_code", "BYTES"),
         ("error_message", "BYTES"),
     )
