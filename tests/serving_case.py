@@ -66,15 +66,17 @@ class Process:
 
 
 @contextlib.contextmanager
-def process(directory: Path, *flags: str, environment: dict[str, str] | None = None) -> Iterator[Process]:
-    """`catdog serve` with these flags on a free port, for the length of a `with` block.
+def process(
+    directory: Path, *flags: str, port: int = 0, environment: dict[str, str] | None = None
+) -> Iterator[Process]:
+    """`catdog serve` with these flags, by default on a free port, for the length of a `with` block.
 
     Raises:
         RuntimeError: it does not say in time where it serves.
     """
     log = directory / "serve.log"
     with log.open("w") as stderr:
-        command = [sys.executable, "-m", "jobs.serve", "--port", "0", "--executor", "inline", *flags]
+        command = [sys.executable, "-m", "jobs.serve", "--port", str(port), "--executor", "inline", *flags]
         started = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=os.environ | (environment or {})
         )

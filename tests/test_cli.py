@@ -46,10 +46,10 @@ def unwrapped(text: str) -> str:
 
 COMMANDS = (
     "catdog must be given one of the commands demo, prepare, train, tune, evaluate, predict, serve, convert, verify, "
-    "bench train, bench chaos, bench predict, bench serve, bench startup. "
+    "bench train, bench chaos, bench nightly-chaos, bench predict, bench serve, bench startup. "
     "Received: "
 )
-BENCH = "catdog bench must be given one of the commands train, chaos, predict, serve, startup. Received: "
+BENCH = "catdog bench must be given one of the commands train, chaos, nightly-chaos, predict, serve, startup. Received: "
 TRAIN = "train --data d --output o "
 
 
@@ -246,7 +246,7 @@ def test_help_of_a_group_lists_its_commands(capsys: pytest.CaptureFixture[str]) 
     helps(["bench", "--help"])
     out = capsys.readouterr().out
     listed = [command for command in cli.COMMANDS if f"\n  {command} " in out]
-    assert listed == ["bench train", "bench chaos", "bench predict", "bench serve", "bench startup"]
+    assert listed == [f"bench {name}" for name in ("train", "chaos", "nightly-chaos", "predict", "serve", "startup")]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -422,7 +422,7 @@ def test_job_scripts_are_the_same_code(job: str) -> None:
 
 
 def test_failed_job_is_one_line_and_exit_1(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(args: list[str]) -> NoReturn:
+    def fail(args: list[str], *, is_alone: bool) -> NoReturn:
         raise StorageError("s3://bucket must be reachable.\nReceived: connection refused")
 
     monkeypatch.setattr(cli, "_main", fail)
@@ -439,7 +439,7 @@ def test_failed_job_is_one_line_and_exit_1(capsys: pytest.CaptureFixture[str], m
 def test_a_missing_extra_is_one_line_and_exit_1(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, module: str, message: str
 ) -> None:
-    def fail(args: list[str]) -> NoReturn:
+    def fail(args: list[str], *, is_alone: bool) -> NoReturn:
         raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
     monkeypatch.setattr(cli, "_main", fail)
@@ -447,7 +447,7 @@ def test_a_missing_extra_is_one_line_and_exit_1(
 
 
 def test_a_missing_module_of_no_extra_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(args: list[str]) -> NoReturn:
+    def fail(args: list[str], *, is_alone: bool) -> NoReturn:
         raise ModuleNotFoundError("No module named 'catdog.forgotten'", name="catdog.forgotten")
 
     monkeypatch.setattr(cli, "_main", fail)
@@ -463,7 +463,7 @@ def test_every_extra_that_an_error_names_brings_what_is_missing() -> None:
 
 
 def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(args: list[str]) -> NoReturn:
+    def fail(args: list[str], *, is_alone: bool) -> NoReturn:
         raise ZeroDivisionError
 
     monkeypatch.setattr(cli, "_main", fail)
@@ -478,7 +478,7 @@ def test_signals_unwind_and_exit_quietly(number: signal.Signals, exit_code: int)
         from catdog import cli
         # A suite that a shell started in the background has its children ignore Ctrl-C.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        def job(args):
+        def job(args, is_alone):
             try:
                 print("running", flush=True)
                 time.sleep(60)

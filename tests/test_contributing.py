@@ -206,7 +206,7 @@ def forgotten_of_commands(readme: str = README) -> Iterator[str]:
         script = PROJECT / "jobs" / f"{name}.py"
         if not script.exists():
             yield f"jobs/ has no script {name}.py"
-        elif f'cli.main(["{name}", *argv])' not in script.read_text():
+        elif f'cli.run(["{name}", *sys.argv[1:]])' not in script.read_text():
             yield f"jobs/{name}.py does not run the command {name}"
         if f"`{name}`" not in scripts.partition("There is a script for")[2]:
             yield f"README's sentence about the scripts in jobs/ does not name {name}"

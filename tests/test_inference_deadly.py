@@ -2,13 +2,16 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from inference_case import archive, descendants, encoded_drawings, is_alive, rows_of
+from serving_case import process
 
 from catdog.inference import trial, verify
 from catdog.storage import SourceFile, list_images
@@ -116,7 +119,7 @@ PROGRAM = [
     "-c",
     # A suite that a shell started in the background has its children ignore Ctrl-C.
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    "from catdog.cli import main; sys.exit(main())",
+    "from catdog.cli import run; run()",
     "predict",
 ]
 
@@ -157,7 +160,7 @@ def test_a_death_that_has_nothing_to_do_with_images_is_one_error(
         f"The process that labels died of {name}, and is started again"
     ] * 3
     assert error == (
-        f"error: the process that labels must not die 4 times in a row without publishing anything. Received: {name}"
+        f"error: the process that labels must not die 4 times in a row without having got anywhere. Received: {name}"
     )
 
 
@@ -208,3 +211,27 @@ def test_a_command_that_is_stopped_goes_on(tmp_path: Path, model: str) -> None:
             process.send_signal(signal.SIGCONT)
         assert process.communicate(timeout=60)[0].startswith(b"Labelled 4,000 images")
         assert process.returncode == 0
+
+
+# The service.
+
+
+@pytest.mark.usefixtures("deadly")
+def test_an_image_that_kills_the_service_does_not_end_it(tmp_path: Path, model: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with process(tmp_path, "--model", model, port=port) as served:
+        for name in ("SIGSEGV", "SIGKILL", "SIGABRT", "SIGBUS", "SIGSEGV"):
+            with pytest.raises(httpx.RemoteProtocolError):
+                httpx.post(f"{served.url}/v1/predict", content=POISON + f" {name}".encode(), timeout=60)
+            answer = None
+            deadline = time.monotonic() + 60
+            while answer is None and time.monotonic() < deadline:
+                try:
+                    answer = httpx.post(f"{served.url}/v1/predict", content=encoded_drawings(1)[0], timeout=60)
+                except httpx.ConnectError:
+                    time.sleep(0.05)
+            assert answer is not None
+            assert answer.status_code == 200
+        assert served.end() == 0
+    assert served.log.read_text().count("is started again") == 5

@@ -24,7 +24,7 @@ from catdog import __version__, provenance, streams
 from catdog.cli import supervised
 from catdog.cli.commands import COMMANDS
 from catdog.cli.parsing import CommonFlags, parse
-from catdog.config import PredictConfig, TrainConfig, TuneConfig
+from catdog.config import PredictConfig, ServeConfig, TrainConfig, TuneConfig
 from catdog.errors import CatdogError
 from catdog.records import Record
 
@@ -60,9 +60,9 @@ _EXTRA_OF: Final = {
 """Imported name → the extra of catdog that brings it."""
 
 
-def run() -> NoReturn:
-    """Run this process's command line, and end the process: what `catdog` and `python -m catdog` do."""
-    leave(main())
+def run(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run one command line (default: the process's), and end the process, as `catdog` and the scripts in `jobs` do."""
+    leave(main(argv, is_alone=True))
 
 
 def leave(exit_code: int) -> NoReturn:
@@ -77,8 +77,12 @@ def leave(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, is_alone: bool = False) -> int:
     """Run one command line (default: the process's) and return its exit code.
+
+    Args:
+        argv: the arguments.
+        is_alone: whether the command has the process for itself, and may become a child of it.
 
     Raises:
         SystemExit: after `--help`, and on SIGTERM.
@@ -86,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else list(argv)
     try:
         with _terminable():
-            return _main(args, is_alone=True) if argv is None else _main(args)
+            return _main(args, is_alone=is_alone)
     except CatdogError as error:
         print("error:", provenance.redact(" ".join(str(error).splitlines())), file=sys.stderr)
         return error.exit_code
@@ -123,8 +127,7 @@ def _fault_of_environment(error: OSError) -> str | None:
     return None
 
 
-def _main(args: list[str], *, is_alone: bool = False) -> int:
-    """Run a command line. If it has the process for itself (`is_alone`), it may become a child of this process."""
+def _main(args: list[str], *, is_alone: bool) -> int:
     if args == ["--version"]:
         print(__version__)
         return EXIT_OK
@@ -136,8 +139,8 @@ def _main(args: list[str], *, is_alone: bool = False) -> int:
         return EXIT_OK
     _configure_libraries(verbose=flags.verbose)
     logger.debug("catdog %s %s", name, json.dumps(provenance.configuration(config)))
-    if is_alone and isinstance(config, PredictConfig) and config.executor != "ray":
-        _outlive_deaths()
+    if is_alone and isinstance(config, PredictConfig | ServeConfig) and config.executor != "ray":
+        _outlive_deaths(config)
     with streams.stdout_kept_clean():
         run: Callable[[Any], Record] = getattr(importlib.import_module(command.module), command.function)
         record = run(config)
@@ -148,11 +151,16 @@ def _main(args: list[str], *, is_alone: bool = False) -> int:
     return record.failure_exit_code
 
 
-def _outlive_deaths() -> None:
+def _outlive_deaths(config: PredictConfig | ServeConfig) -> None:
     note_progress = supervised.outlive_deaths()
-    from catdog.inference import executors  # heavy, and therefore imported by the child
+    if isinstance(config, PredictConfig):  # what is imported is heavy, and therefore imported by the child
+        from catdog.inference import executors
 
-    executors.after_publishing = note_progress
+        executors.after_publishing = note_progress
+    else:
+        from catdog.serving import inline
+
+        inline.after_starting = note_progress
 
 
 @dataclass(frozen=True, kw_only=True)

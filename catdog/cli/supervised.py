@@ -1,9 +1,10 @@
 """A command that outlives its own death: it runs in a child process, which is started again when it dies.
 
-A decoder is native code, and an image can make it crash, or take all the memory there is. `catdog predict` decodes in
-its own process, and dies with it. The child that takes its place finds the claim of a dead run in the output, so it
-tries the images that were under way in a process of their own first (`catdog.inference.trial`), and those that kill
-that process become rows.
+A decoder is native code, and an image can make it crash, or take all the memory there is. `catdog predict` and `catdog
+serve` decode in their own process, and die with it. The child that takes the place of `predict` finds the claim of a
+dead run in the output, so it tries the images that were under way in a process of their own first
+(`catdog.inference.trial`), and those that kill that process become rows. The child that takes the place of `serve`
+serves on; whoever waited for an answer finds the connection closed.
 
 The parent forks before it has imported anything heavy. So the child costs no time, and the parent next to no memory.
 Whoever kills the parent kills the child.
@@ -29,7 +30,7 @@ _FATAL: Final = frozenset(
 """What a process dies of that crashes, or that the kernel kills because memory runs out."""
 
 _MAX_DEATHS: Final = 3
-"""How many children may die one after the other of which none has published anything."""
+"""How many children may die one after the other of which none has got anywhere."""
 
 _HANDLED: Final = frozenset({signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGTSTP})
 
@@ -41,35 +42,35 @@ def outlive_deaths() -> Callable[[], None]:
     """Go on as a child of this process. The process itself does nothing any more but wait for the child's end.
 
     Returns:
-        In each child: a function that the child calls when it has published something.
+        In each child: a function that the child calls when it has got somewhere: published something, begun to serve.
 
     Raises:
         SystemExit: in the parent; with the exit code of the child.
         CatdogError: in the parent; children keep dying.
     """
-    published = mmap.mmap(-1, 1)  # shared with the children
+    has_progressed = mmap.mmap(-1, 1)  # shared with the children
     num_deaths = 0
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
     parent, on_child = os.getpid(), signal.signal(signal.SIGCHLD, lambda *_: None)  # to ignore it would be to lose it
     while True:
-        published[0] = 0
+        has_progressed[0] = 0
         if (child := os.fork()) == 0:
             _die_with(parent)
             os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on: the child is to get it once
             signal.signal(signal.SIGCHLD, on_child)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            return functools.partial(published.__setitem__, 0, 1)
+            return functools.partial(has_progressed.__setitem__, 0, 1)
         exit_code = os.waitstatus_to_exitcode(_wait(child))
-        num_deaths = 1 if published[0] else num_deaths + 1
+        num_deaths = 1 if has_progressed[0] else num_deaths + 1
         if -exit_code not in _FATAL or num_deaths > _MAX_DEATHS:
             break
         logger.warning("The process that labels died of %s, and is started again", signal.Signals(-exit_code).name)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if -exit_code in _FATAL:
         raise CatdogError(
-            f"the process that labels must not die {_MAX_DEATHS + 1} times in a row without publishing anything. "
+            f"the process that labels must not die {_MAX_DEATHS + 1} times in a row without having got anywhere. "
             f"Received: {signal.Signals(-exit_code).name}"
         )
     if exit_code < 0:  # nobody but a user sends such a signal

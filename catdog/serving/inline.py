@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import uvicorn
@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _BACKLOG: Final = 2048
+
+after_starting: Callable[[], object] = bool
+"""Is called when the service is about to answer. The command line sets it."""
 
 
 def run(config: ServeConfig, model: Bundle, token: str | None) -> ServeRecord:
@@ -44,6 +47,7 @@ def run(config: ServeConfig, model: Bundle, token: str | None) -> ServeRecord:
             service.model.description["engine"],
             url,
         )
+        after_starting()
         server.run(sockets=[listener])
     return ServeRecord(
         url=url,
