@@ -49,7 +49,7 @@ OWNERS = {
     "argparse": {"cli"},
     "botocore": {"storage"},
     "docstring_parser": {"cli"},
-    "duckdb": {"dataset", "inference"},
+    "duckdb": {"bench", "dataset", "inference"},
     "fastapi": {"bench", "serving"},
     "fsspec": {"storage"},
     "imagehash": {"dataset"},

@@ -198,3 +198,17 @@ def _pss_bytes(pid: int) -> int:
             if line.startswith("Pss:"):
                 return 1024 * int(line.split()[1])
     return 0
+
+
+def children(parent: int) -> list[int]:
+    """The living processes that a process started."""
+    return [pid for pid, stat in _stats().items() if stat.parent == parent]
+
+
+def descendants(root: int) -> list[int]:
+    """The living processes that a process started, and those that they started."""
+    stats = _stats()
+    found = [root]
+    for pid in found:
+        found += [child for child, stat in stats.items() if stat.parent == pid]
+    return found[1:]

@@ -5,6 +5,7 @@ from typing import Final
 
 from catdog.config import (
     BenchChaosConfig,
+    BenchNightlyChaosConfig,
     BenchPredictConfig,
     BenchServeConfig,
     BenchStartupConfig,
@@ -77,6 +78,12 @@ COMMANDS: Final = {
         BenchPredictConfig,
         "catdog.bench.predict",
         "bench_predict",
+    "bench nightly-chaos": Command(
+        BenchNightlyChaosConfig,
+        "catdog.bench.nightly_chaos",
+        "bench_nightly_chaos",
+        "catdog bench nightly-chaos --output chaos",
+    ),
         "catdog bench predict --images photos --output bench",
     ),
     "bench serve": Command(

@@ -12,6 +12,7 @@ from catdog.config.serving import ServeConfig
 from catdog.config.training import TrainConfig
 from catdog.config.trials import (
     BenchChaosConfig,
+    BenchNightlyChaosConfig,
     BenchPredictConfig,
     BenchServeConfig,
     BenchStartupConfig,
@@ -22,6 +23,7 @@ from catdog.config.tuning import TuneConfig
 
 __all__ = [
     "BenchChaosConfig",
+    "BenchNightlyChaosConfig",
     "BenchPredictConfig",
     "BenchServeConfig",
     "BenchStartupConfig",

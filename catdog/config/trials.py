@@ -1,6 +1,7 @@
 """The configurations of the commands that try catdog out: `catdog demo` and `catdog bench ...`."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from catdog.config import checks
 
@@ -88,6 +89,45 @@ class BenchChaosConfig:
         checks.is_url(self, "data", "output", "arch")
         checks.at_least(self, 1, "num_kills", "batch_size", "num_workers", "checkpoint_steps")
         checks.at_least(self, 32, "image_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchNightlyChaosConfig:
+    """Kill the runs that label a growing collection over and over, and compare their rows with an undisturbed run's."""
+
+    output: str
+    """Directory to write nightly-chaos.json, the pictures and both sets of predictions to. Earlier ones there are
+    replaced."""
+
+    images: str | None = None
+    """Where the pictures are, JPEG or PNG, of which the collection is made. The default is drawings."""
+
+    model: str | None = None
+    """Model bundle to label with, written by `catdog train`. The default is the model that comes with catdog."""
+
+    executor: Literal["inline", "ray"] = "inline"
+    """Where to label: inline, or ray, on a cluster that this command starts on this machine."""
+
+    num_worker_kills: int = 100
+    """Number of workers to kill with SIGKILL: the process that labels (inline), or an actor's (ray)."""
+
+    num_driver_kills: int = 20
+    """Number of runs to kill with SIGKILL."""
+
+    num_overlaps: int = 20
+    """Number of times that two runs are started at the same time."""
+
+    night_size: int = 1500
+    """Number of pictures by which the collection grows, whenever less than that is left to label."""
+
+    seed: int = 0
+    """Number that decides what is killed when."""
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        checks.is_url(self, "images", "output", "model")
+        checks.at_least(self, 0, "num_worker_kills", "num_driver_kills", "num_overlaps")
+        checks.at_least(self, 1, "night_size")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,104 @@
+"""Which files of some directories are opened, by whatever process, as Linux tells (inotify)."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import struct
+import threading
+from collections import Counter
+from types import TracebackType
+from typing import Final
+
+_IN_OPEN: Final = 0x00000020
+_IN_ISDIR: Final = 0x40000000
+_IN_Q_OVERFLOW: Final = 0x00004000
+_HEADER: Final = struct.Struct("iIII")
+_BUFFER_BYTES: Final = 2**20
+_POLL_MS: Final = 100
+
+
+class Opened:
+    """Counts how often each file is opened, in a thread, for the length of a `with` block.
+
+    Attributes:
+        has_overflowed: whether Linux has dropped events, because more came than it holds.
+    """
+
+    def __init__(self) -> None:
+        self.has_overflowed = False
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._descriptor = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if self._descriptor < 0:
+            raise OSError(ctypes.get_errno(), "inotify_init1")
+        self._directories: dict[int, str] = {}
+        self._counts: Counter[str] = Counter()
+        self._recent: set[str] = set()
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="catdog-opened", daemon=True)
+
+    def __enter__(self) -> Opened:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+        self._read()
+        os.close(self._descriptor)
+
+    def watch(self, directory: str, known_as: str) -> None:
+        """Count the files directly in a directory, also when it is renamed to `known_as`."""
+        watched = self._libc.inotify_add_watch(self._descriptor, os.fsencode(directory), _IN_OPEN)
+        if watched < 0:
+            raise OSError(ctypes.get_errno(), "inotify_add_watch", directory)
+        self._directories[watched] = known_as
+
+    @property
+    def num_opened(self) -> int:
+        """How many times files were opened."""
+        self._read()
+        return self._counts.total()
+
+    @property
+    def num_files(self) -> int:
+        """How many files were opened at least once."""
+        return len(self._counts)
+
+    def take_recent(self) -> set[str]:
+        """The files that were opened since the last call."""
+        self._read()
+        with self._lock:
+            taken, self._recent = self._recent, set()
+        return taken
+
+    def _run(self) -> None:
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLIN)
+        while not self._done.is_set():
+            if poll.poll(_POLL_MS):
+                self._read()
+
+    def _read(self) -> None:
+        """Note all that Linux has to tell."""
+        with self._lock, contextlib.suppress(BlockingIOError):
+            while True:
+                self._note(os.read(self._descriptor, _BUFFER_BYTES))
+
+    def _note(self, events: bytes) -> None:
+        paths, position = [], 0
+        while position < len(events):
+            watched, mask, _, length = _HEADER.unpack_from(events, position)
+            position += _HEADER.size
+            name = events[position : position + length].rstrip(b"\0")
+            position += length
+            self.has_overflowed |= bool(mask & _IN_Q_OVERFLOW)
+            if name and not mask & _IN_ISDIR:
+                paths.append(os.path.join(self._directories[watched], os.fsdecode(name)))
+        self._counts.update(paths)
+        self._recent.update(paths)
