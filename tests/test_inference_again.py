@@ -44,13 +44,14 @@ class Web:
     """A storage that has no versions, in the place of `list_images` and `read_sources`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, contents: dict[str, bytes | ImageError]) -> None:
+        self.version = ""
         self.contents = {f"https://example.org/{name}": content for name, content in contents.items()}
         monkeypatch.setattr(storage, "list_images", self.list_images)
         monkeypatch.setattr(storage, "read_sources", self.read_sources)
 
     def list_images(self, url: str, **_: object) -> Listing:
         listing = Listing()
-        listing.begin(SourceFile(uri, "", 0) for uri in self.contents)
+        listing.begin(SourceFile(uri, self.version, 0) for uri in self.contents)
         return listing
 
     def read_sources(
@@ -93,6 +94,21 @@ def test_what_was_denied_is_labelled_in_its_part_in_the_next_run(
     assert (record.books.ok, record.books.already_done, record.parts) == (1, 1, first.parts)
     assert [row["status"] for row in answers(tmp_path / "out")] == ["ok", "ok"]
     assert verify(str(tmp_path / "out")).rows == 2
+
+
+def test_what_is_denied_again_keeps_its_row_when_another_image_of_its_part_is_not(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = encoded_drawings(2)
+    denied = ImageError("permission_denied", "not now")
+    web = Web(monkeypatch, {"1.jpg": one, "2.jpg": denied, "3.jpg": denied})
+    monkeypatch.setattr(web, "version", "v1")
+    first = run("https://example.org", tmp_path / "out", model)
+    web.contents["https://example.org/2.jpg"] = two
+    second = run("https://example.org", tmp_path / "out", model)
+    assert (second.books.ok, second.books.already_done, second.replaced) == (1, 2, {first.run_id: 1})
+    assert [row["status"] for row in answers(tmp_path / "out")] == ["ok", "ok", "error"]
+    assert verify(str(tmp_path / "out")).rows == 3
 
 
 @pytest.mark.parametrize("code", ["not_found", "permission_denied"])

@@ -136,6 +136,10 @@ class RunRecord(records.Record):
     drift: list[str] = field(default_factory=list)
     """How this run's rows differ from those of earlier runs, a sentence each."""
 
+    replaced: dict[str, int] | None = None
+    """Earlier run → number of its rows, all of them errors, that rows of this run replace; under an empty name, how
+    many rows of this run may have replaced some, and nobody knows whose. None in the records of older catdogs."""
+
     checksum: str | None = None
     """Of all labels of this run (`Findings.checksum`), in hex. `catdog verify` computes it anew."""
 
@@ -199,6 +203,7 @@ class Ledger:
         self.thread_s: Counter[str] = Counter()
         self.engines: Counter[str] = Counter()
         self.findings = findings.nothing()
+        self.replaced: Counter[str] = Counter()
         logger.info(
             "Listed %d images: %d to label, %d already done, %d duplicates; %d things skipped",
             *(counts.listed, counts.to_label, counts.already_done, counts.duplicate, sum(skipped.values())),
@@ -238,6 +243,7 @@ class Ledger:
         self.engines[result.engine] += sum(result.labels.values())
         if result.findings is not None:
             findings.add(self.findings, result.findings)
+        self.replaced.update(result.replaced)
         for stage in ("decode", "score", "publish"):
             self.thread_s[stage] += getattr(result, f"{stage}_s")
 
@@ -305,6 +311,7 @@ class Ledger:
             confidence=self.findings["confidence"],
             review_reasons=dict(sorted(self.findings["review_reasons"].items())),
             expected_accuracy=self.expected_accuracy(calibration_error),
+            replaced={run: count for run, count in sorted(self.replaced.items()) if count},
             checksum=f"{self.findings['checksum']:016x}",
         )
         found = drift.compare(drift.night_of(record.to_dict()), earlier)

@@ -6,6 +6,7 @@ data.
 
 import concurrent.futures
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -43,7 +44,7 @@ def publish_part(
     *,
     replaced: Iterable[tuple[str, str]] | None = None,
     columns: Sequence[str] = tuple(PREDICTIONS_SCHEMA.names),
-) -> None:
+) -> Counter[str]:
     """Publish rows as a part file, which replaces a file of the same name.
 
     Args:
@@ -54,17 +55,25 @@ def publish_part(
             those that `rows` have anew. None to keep no row.
         columns: those of the file (`columns_of`).
 
+    Returns:
+        Run → number of its rows that were dropped.
+
     Raises:
         OutputRefusedError: the file whose rows are to be kept is not a part file of `predict`.
         StorageError: the file could not be written. The output is as it was.
     """
     url = storage.join(output, part)
+    num_dropped = Counter[str]()
     if replaced is not None:
         _, before = _read_part(output, part, None)
         dropped = {*replaced, *_keys(rows)}
-        others = before.filter(pa.array([key not in dropped for key in _keys(before)], pa.bool_()))
+        is_kept = [key not in dropped for key in _keys(before)]
+        runs = before["run_id"].to_pylist()
+        num_dropped.update(run for run, kept in zip(runs, is_kept, strict=True) if not kept)
+        others = before.filter(pa.array(is_kept, pa.bool_()))
         rows = pa.concat_tables([others, rows]).sort_by([("uri", "ascending"), ("source_version", "ascending")])
     storage.publish_parquet(url, schema.conformed(rows, schema.predictions_with(columns)))
+    return num_dropped
 
 
 def _keys(rows: pa.Table) -> Iterator[tuple[str, str]]:
@@ -139,6 +148,20 @@ def read_parts(
                     raise found
                 else:
                     on_error(found)
+
+
+def read_whole_part(output: str, part: str) -> pa.Table:
+    """A part file with the columns that it has, which may be those of an earlier version.
+
+    Raises:
+        OutputRefusedError: the file is not a part file of `predict`.
+        StorageError: the storage failed.
+    """
+    file = _read_file(output, part)
+    try:
+        return file.read()
+    except (ValueError, OSError) as error:
+        raise _refusal(storage.join(output, part), error) from error
 
 
 def _read_part(output: str, part: str, columns: Sequence[str] | None) -> tuple[str, pa.Table]:

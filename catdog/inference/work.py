@@ -3,9 +3,10 @@
 import collections
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from functools import partial
 from typing import Final
@@ -116,6 +117,10 @@ class SliceResult:
     findings: Findings | None = None
     """What was found in the rows."""
 
+    replaced: dict[str, int] = field(default_factory=dict)
+    """Run → number of its rows, all of them errors, in whose place there are rows of this slice now. An empty name
+    stands for rows of which nobody knows whose place they took."""
+
 
 class Worker:
     """Labels and publishes slices with the threads of this process. It is a context manager."""
@@ -199,8 +204,13 @@ class Worker:
         ]
         rows = _rows(self._job, found)
         published = rows_of_run(self._job.output, piece.part, self._job.run_id) if self._may_have_double else None
-        is_published = published is not None or self._publish_rows(piece, rows)
-        rows = rows if published is None else published
+        replaced = Counter[str]()
+        if published is None:
+            is_published = bool(len(rows))
+            if is_published:
+                replaced = self._publish_rows(piece, rows, [file for file, _ in found])
+        else:
+            is_published, rows, replaced = True, published, Counter({"": len(published) * piece.is_retry})
         return SliceResult(
             part=piece.part,
             is_retry=piece.is_retry,
@@ -215,24 +225,24 @@ class Worker:
             engine=f"{self._labeller.engine.name} {self._labeller.engine.arithmetic}",
             publish_s=time.perf_counter() - started,
             findings=findings(rows),
+            replaced=dict(replaced),
         )
 
-    def _publish_rows(self, piece: Slice, rows: pa.Table) -> bool:
-        """Publish the rows of a slice, if there are any. Whether there are.
+    def _publish_rows(self, piece: Slice, rows: pa.Table, files: Sequence[SourceFile]) -> Counter[str]:
+        """Publish the rows of these files of a slice. Returns the runs whose rows they replace, with their numbers.
+
+        A file that is tried again and fails as before is not among them: its row stays.
 
         Raises:
             ClaimLostError: the run no longer holds the claim of its output. A worker that outlives its driver ends so.
         """
-        if not len(rows):
-            return False
         if not storage.is_held(self._job.claim_url, self._job.claim_owner):
             raise ClaimLostError(
                 "a run must hold the claim of its --output to its end. "
                 f"Received: {redact(self._job.output)} was taken over, or given back"
             )
-        replaced = [(file.uri, file.version) for file in piece.files] if piece.is_retry else None
-        publish_part(self._job.output, piece.part, rows, replaced=replaced, columns=self._job.columns)
-        return True
+        replaced = [(file.uri, file.version) for file in files] if piece.is_retry else None
+        return publish_part(self._job.output, piece.part, rows, replaced=replaced, columns=self._job.columns)
 
 
 def _read(
