@@ -23,6 +23,7 @@ _PACKAGES: Final = (
 """Packages whose versions can change a result."""
 
 _USER_INFO: Final = re.compile(r"(?<=://)[^/@\s]+@")
+_HOOK: Final = re.compile(r"(?<=://hooks\.slack\.com/)\S+")
 _QUERY: Final = re.compile(r"(?<=[^/\s])\?[^\s:]*(X-Amz-Signature|sig|token|key)=[^\s]*", re.IGNORECASE)
 
 
@@ -53,16 +54,34 @@ def host() -> Host:
 
 
 def configuration(config: object) -> dict[str, Any]:
-    """The fields of a job's configuration as plain JSON values, with the secrets of its URLs blotted out."""
+    """The fields of a job's configuration as plain JSON values, with the secrets of its URLs blotted out.
+
+    Of a field whose metadata says `secret`, only the host of the URL stays.
+    """
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise TypeError(f"configuration takes a configuration dataclass. Received: {config!r}")
-    return {name: _redacted(value) for name, value in dataclasses.asdict(config).items()}
+    secrets = {field.name for field in dataclasses.fields(config) if field.metadata.get("secret")}
+    return {
+        name: secret(value) if name in secrets and value is not None else _redacted(value)
+        for name, value in dataclasses.asdict(config).items()
+    }
 
 
 def _redacted(value: Any) -> Any:
     if isinstance(value, str):
         return redact(value)
     return [_redacted(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def secret(url: str) -> str:
+    """A URL of which all but the host is secret, as that of a web hook.
+
+    Example:
+        >>> secret("https://hooks.example.org/services/T0/B0/XXX")
+        'https://hooks.example.org/***'
+    """
+    scheme, slashes, rest = url.partition("://")
+    return f"{scheme}://{rest.partition('/')[0].rpartition('@')[2].partition('?')[0]}/***" if slashes else "***"
 
 
 def redact(text: str) -> str:
@@ -72,7 +91,7 @@ def redact(text: str) -> str:
         >>> redact("https://me:secret@host/a.jpg?X-Amz-Signature=0123")
         'https://***@host/a.jpg?***'
     """
-    return _QUERY.sub("?***", _USER_INFO.sub("***@", text))
+    return _QUERY.sub("?***", _HOOK.sub("***", _USER_INFO.sub("***@", text)))
 
 
 def one_line(error: BaseException | str, max_chars: int = 300) -> str:

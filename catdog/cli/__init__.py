@@ -152,7 +152,14 @@ def _main(args: list[str], *, is_alone: bool) -> int:
 
 
 def _outlive_deaths(config: PredictConfig | ServeConfig) -> None:
-    note_progress = supervised.outlive_deaths()
+    try:
+        note_progress = supervised.outlive_deaths()
+    except CatdogError as error:
+        if isinstance(config, PredictConfig):
+            from catdog.inference import aftermath
+
+            aftermath.failed(config, error)
+        raise
     if isinstance(config, PredictConfig):  # what is imported is heavy, and therefore imported by the child
         from catdog.inference import executors
 

@@ -108,6 +108,10 @@ class PredictConfig:
     ray_address: str | None = None
     """Address of the Ray cluster to run on. The default is `RAY_ADDRESS`, else a Ray embedded on this machine."""
 
+    notify: str | None = field(default=None, metadata={"secret": True})
+    """Web hook, as Slack's, to tell how the run ended, also if it failed. The default is the environment variable
+    `CATDOG_NOTIFY_URL`, where nobody sees it. A hook that fails is a warning."""
+
     def __post_init__(self) -> None:
         """Validate. One place of images that comes as a text becomes a tuple of one."""
         if isinstance(self.images, str):
@@ -117,6 +121,8 @@ class PredictConfig:
         checks.is_url(self, "output", "model")
         checks.at_least(self, 1, "batch_size", "num_workers", "cpus_per_worker", "min_failures")
         checks.is_fraction(self, "max_failed_fraction")
+        is_hook = self.notify is None or self.notify.startswith(("http://", "https://"))
+        checks.require(is_hook, "--notify must be a URL of http or https", "***")
         if self.executor == "inline" and self.ray_address is not None:
             raise UsageError(
                 "--ray-address needs --executor ray or auto. "
@@ -139,6 +145,23 @@ class VerifyConfig:
     def __post_init__(self) -> None:
         """Validate."""
         checks.require(bool(self.output.strip()), "OUTPUT must be a path or a URL", repr(self.output))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompactConfig:
+    """Merge the small part files of an output of `catdog predict` into large ones, while readers read and runs run."""
+
+    output: str = field(metadata={"positional": True})
+    """Directory of the predictions."""
+
+    target_rows: int = 1_000_000
+    """Number of rows of a merged part file: a million take some 128 MB. Part files with at least half as many are left
+    as they are."""
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        checks.require(bool(self.output.strip()), "OUTPUT must be a path or a URL", repr(self.output))
+        checks.at_least(self, 1, "target_rows")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from catdog import bundle, storage
 from catdog.config import PredictConfig
 from catdog.inference import books, executors, morning
+from catdog.inference.aftermath import followed
 from catdog.inference.books import RunRecord
 from catdog.inference.plan import Plan, open_plan
 from catdog.inference.publish import list_parts
@@ -26,6 +27,7 @@ from catdog.storage.patterns import Chosen
 __all__ = ["PlanSummary", "RunRecord", "Verification", "plan_summary", "predict", "recount", "run_verify", "verify"]
 
 
+@followed
 def predict(config: PredictConfig) -> RunRecord:
     """Label what is new in a collection. The run record is written last.
 
@@ -84,6 +86,7 @@ def predict(config: PredictConfig) -> RunRecord:
         )
         claim.check()
         storage.publish_json(storage.join(output, books.RUNS_NAME, f"{job.run_id}.json"), record.to_dict())
+        morning.publish_metrics(output, record)
         morning.publish_report(config, output, record, ledger.findings, nights)
     return record
 

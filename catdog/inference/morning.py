@@ -17,7 +17,7 @@ from catdog import records, storage
 from catdog.config import PredictConfig
 from catdog.config.checks import flag
 from catdog.errors import CatdogError
-from catdog.inference import drift
+from catdog.inference import drift, openmetrics
 from catdog.inference.books import RUNS_NAME, RunRecord
 from catdog.inference.drift import Night
 from catdog.inference.findings import Example, Findings
@@ -105,6 +105,12 @@ def publish_report(config: PredictConfig, output: str, record: RunRecord, found:
         storage.publish_bytes(storage.join(output, RUNS_NAME, f"{record.run_id}.html"), report.run_page(shown))
 
 
+def publish_metrics(output: str, record: RunRecord) -> None:
+    """Write `_runs/metrics.prom`. Warns if it cannot."""
+    with never_failing("The metrics"):
+        openmetrics.publish(output, record, is_complete=is_complete(record))
+
+
 def page(config: PredictConfig, record: RunRecord, found: Findings, nights: list[Night]) -> "Any":
     """What the report of a run says: a `catdog.report.RunPage`."""
     from catdog.report import morning as report
@@ -170,14 +176,15 @@ def _remaining(record: RunRecord) -> int:
     return int(getattr(record.books, "remaining", 0))
 
 
-def _is_complete(record: RunRecord) -> bool:
+def is_complete(record: RunRecord) -> bool:
+    """Whether a run did all that there was to do."""
     return bool(getattr(record, "complete", True))
 
 
 def _state(record: RunRecord) -> Any:
     if record.failed_fraction_exceeded:
         return "bad"
-    return "warn" if record.drift or not _is_complete(record) else "good"
+    return "warn" if record.drift or not is_complete(record) else "good"
 
 
 def _sentences(record: RunRecord) -> list[str]:
@@ -185,7 +192,7 @@ def _sentences(record: RunRecord) -> list[str]:
     found = []
     if complaint := record.complaint():
         found.append(f"Too many images failed: {complaint}.")
-    if not _is_complete(record):
+    if not is_complete(record):
         found.append("The run stopped before its end. What it labelled is there, and the next run does the rest.")
     elif not found:
         found.append("The run is complete, and the books close: every image that was listed is accounted for.")
@@ -255,7 +262,7 @@ def command_line(config: PredictConfig, **changes: Any) -> str:
 def _steps(config: PredictConfig, record: RunRecord) -> Iterator[tuple[str, str | None]]:
     """(sentence, command) of what is to be done next."""
     rows = _sql_text(f"{redact(record.output).rstrip('/')}/*.parquet")
-    if not _is_complete(record):
+    if not is_complete(record):
         num = _remaining(record)
         yield (
             f"{f'{num:,} images remain' if num else 'Images remain'}. The same command labels them, and nothing twice:",

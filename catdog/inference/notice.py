@@ -1,0 +1,133 @@
+"""Telling a web hook how a run ended: Slack's, one that takes what Slack's takes (Mattermost, Rocket.Chat), or any.
+
+The body is JSON with a `text` and, under `attachments`, a colour and fields, as Slack's incoming webhooks take it. A
+hook that is not Slack's is sent the run record, too, under `record`. The hook's URL is a secret: whoever has it may
+write there. So it may come from the environment, and no record and no message shows more of it than its host.
+"""
+
+import json
+import logging
+import os
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+from email.message import Message
+from typing import IO, Any, Final
+
+from catdog import __version__, records
+from catdog.config import PredictConfig
+from catdog.errors import CatdogError, UsageError
+from catdog.inference.books import RunRecord
+from catdog.provenance import one_line, redact, secret
+
+logger = logging.getLogger(__name__)
+
+VARIABLE: Final = "CATDOG_NOTIFY_URL"
+"""The environment variable that names the hook where `--notify` does not."""
+
+TIMEOUT_S: Final = 10.0
+"""How long a hook may take, all in all."""
+
+_NOT_SENT: Final = ("parts",)
+"""Fields of a record that are long, and of no use without the output."""
+
+
+def url_of(config: PredictConfig) -> str | None:
+    """The hook of a run; None if there is none.
+
+    Raises:
+        UsageError: the environment variable holds no URL of HTTP.
+    """
+    if config.notify is not None:
+        return config.notify
+    url = os.environ.get(VARIABLE, "").strip()
+    if url and not url.startswith(("http://", "https://")):
+        raise UsageError(f"{VARIABLE} must be a URL of http or https. Received: {secret(url)}")
+    return url or None
+
+
+def tell_end(url: str, record: RunRecord, *, is_complete: bool = True) -> None:
+    """Tell a hook of a run that has come to its end. Warns if the hook does not take it."""
+    complaint = record.complaint()
+    colour = "danger" if complaint else "warning" if record.drift or not is_complete else "good"
+    first, *_ = record.summary()
+    text = f"catdog: {first.replace(' (' + record.executor + ')', '')}"
+    text += f" Too many failed: {complaint}." if complaint else ""
+    text += "" if is_complete else " The run stopped before its end; the next one does the rest."
+    fields = [("Books", str(record.books)), ("Labels", records.counted(record.labels))]
+    fields += [("Needs review", f"{record.needs_review:,}")] if record.needs_review else []
+    fields += [("Errors", records.counted(record.errors))] if record.errors else []
+    if record.expected_accuracy is not None:
+        low, high = record.expected_accuracy["ci95"]
+        value = records.percent(record.expected_accuracy["value"])
+        fields.append(("Accuracy to be expected", f"{value} ({100 * low:.2f} to {100 * high:.2f})"))
+    fields += [("Drift", " ".join(record.drift))] if record.drift else []
+    fields.append(("Report", f"{redact(record.output).rstrip('/')}/_runs/{record.run_id}.html"))
+    sent = {name: value for name, value in record.to_dict().items() if name not in _NOT_SENT}
+    _post(url, _body(url, text, colour, fields, sent))
+
+
+def tell_failure(url: str, config: PredictConfig, error: BaseException) -> None:
+    """Tell a hook of a run that failed. Warns if the hook does not take it."""
+    said = redact(one_line(error)) if isinstance(error, Exception) else type(error).__name__
+    exit_code = error.exit_code if isinstance(error, CatdogError) else 1
+    fields = [
+        ("Output", redact(config.output)),
+        ("Images", ", ".join(map(redact, config.sources))),
+        ("What is labelled so far", "It is kept. The same command does the rest."),
+    ]
+    record = {"status": "failed", "error": said, "kind": type(error).__name__, "exit_code": exit_code}
+    _post(url, _body(url, f"catdog: predict failed: {said}", "danger", fields, record))
+
+
+def _body(url: str, text: str, colour: str, fields: list[tuple[str, str]], record: dict[str, Any]) -> bytes:
+    listed = [{"title": title, "value": _plain(value), "short": len(value) < 40} for title, value in fields]
+    body: dict[str, Any] = {
+        "text": _plain(text),
+        "attachments": [{"color": colour, "fallback": _plain(text), "fields": listed}],
+    }
+    if not (urllib.parse.urlsplit(url).hostname or "").endswith(".slack.com"):
+        body["record"] = record
+    return json.dumps(body).encode()
+
+
+def _plain(text: str) -> str:
+    """A text in which Slack finds no link, and nobody to call: `<!channel>` in a file's name stays a file's name."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Refuses to go elsewhere: a POST would arrive there as a GET, and the secret with it."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
+    ) -> None:
+        """Follow no redirection."""
+
+
+def _post(url: str, body: bytes) -> None:
+    """Post JSON. Warns if that fails, or takes longer than `TIMEOUT_S`, whatever the other side does."""
+    failures: list[str] = []
+
+    def send() -> None:
+        headers = {"Content-Type": "application/json", "User-Agent": f"catdog/{__version__}"}
+        try:
+            request = urllib.request.Request(url, body, headers, method="POST")
+            with urllib.request.build_opener(_NoRedirects).open(request, timeout=TIMEOUT_S):
+                pass
+        except urllib.error.HTTPError as error:
+            failures.append(f"it answered with status {error.code}")
+            error.close()
+        except urllib.error.URLError as error:
+            failures.append(one_line(str(error.reason)))
+        except Exception as error:  # of http.client, whose messages may have the URL in them
+            failures.append(type(error).__name__)
+
+    sender = threading.Thread(target=send, name="catdog-notify", daemon=True)
+    sender.start()
+    sender.join(TIMEOUT_S)
+    if sender.is_alive():
+        failures.append(f"it has not answered within {TIMEOUT_S:g} s")
+    if failures:
+        logger.warning("The hook %s was not told how the run ended: %s", secret(url), failures[0])
