@@ -10,6 +10,7 @@ from catdog.config import (
     BenchServeConfig,
     BenchStartupConfig,
     BenchTrainConfig,
+    CompareConfig,
     ConvertConfig,
     DemoConfig,
     EvaluateConfig,
@@ -62,6 +63,12 @@ COMMANDS: Final = {
     "serve": Command(ServeConfig, "catdog.serving", "serve", "catdog serve --model s3://bucket/model --port 8000"),
     "convert": Command(ConvertConfig, "catdog.conversion", "convert", "catdog convert model --data data"),
     "verify": Command(VerifyConfig, "catdog.inference", "run_verify", "catdog verify s3://bucket/predictions"),
+    "compare": Command(
+        CompareConfig,
+        "catdog.inference.comparison",
+        "compare",
+        "catdog compare predictions predictions-2 --output compare.html",
+    ),
     "bench train": Command(
         BenchTrainConfig,
         "catdog.bench.train",
