@@ -1,6 +1,7 @@
 """The configurations of the jobs that label images: `catdog evaluate` and `catdog predict`."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from catdog.config import checks
 from catdog.config.choices import EngineName, Executor, Split
@@ -162,6 +163,39 @@ class CompactConfig:
         """Validate."""
         checks.require(bool(self.output.strip()), "OUTPUT must be a path or a URL", repr(self.output))
         checks.at_least(self, 1, "target_rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Compare two outputs of `catdog predict`, or two models in one: flips, shifts of confidence, new errors."""
+
+    before: str = field(metadata={"positional": True})
+    """Directory of the predictions to compare with."""
+
+    after: str | None = field(default=None, metadata={"positional": True})
+    """Directory of the other predictions. The default is to compare two models in the same directory."""
+
+    model_before: str | None = None
+    """Beginning of the id of the model whose rows of BEFORE are taken. The default is the model that labelled last; in
+    one directory, the last one but --model-after."""
+
+    model_after: str | None = None
+    """Beginning of the id of the model whose rows of AFTER are taken. The default is the model that labelled last."""
+
+    by: Literal["uri", "image_id"] = "uri"
+    """What makes two rows rows of one image: uri (its name), or image_id (its bytes, wherever they lie)."""
+
+    output: str | None = None
+    """HTML file to write, with photographs. The default is to write none."""
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        checks.require(bool(self.before.strip()), "BEFORE must be a path or a URL", repr(self.before))
+        is_place = self.after is None or bool(self.after.strip())
+        checks.require(is_place, "AFTER must be a path or a URL", repr(self.after))
+        checks.is_url(self, "output")
+        is_page = self.output is None or self.output.endswith((".html", ".htm"))
+        checks.require(is_page, "--output must be a file whose name ends with .html", self.output)
 
 
 @dataclass(frozen=True, kw_only=True)

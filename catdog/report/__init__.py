@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from catdog.report.confusion_matrix import confusion
+    from catdog.report.differences import ComparisonPage, comparison_page
     from catdog.report.grids import GridItem, Section, Tile, predictions_grid, sheet
     from catdog.report.morning import RunPage, run_page
     from catdog.report.reliability_diagram import reliability
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
     from catdog.report.training_curves import curves
 
 __all__ = [
+    "ComparisonPage",
     "GridItem",
     "RunPage",
     "SearchPage",
     "Section",
     "Tile",
     "TrialRow",
+    "comparison_page",
     "confusion",
     "curves",
     "predictions_grid",
@@ -36,6 +39,7 @@ __all__ = [
 
 _MODULES: Final = {
     "confusion_matrix": ("confusion",),
+    "differences": ("ComparisonPage", "comparison_page"),
     "grids": ("GridItem", "Section", "Tile", "predictions_grid", "sheet"),
     "reliability_diagram": ("reliability",),
     "morning": ("RunPage", "run_page"),

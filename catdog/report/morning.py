@@ -122,19 +122,20 @@ def run_page(content: RunPage) -> bytes:
         content.title,
         tag("h1", content.title),
         tag("div", [tag("p", sentence) for sentence in content.sentences], class_=f"state {content.state}"),
-        _figures(content.figures),
-        _section("What to do next", tag("ol", [_step(step) for step in content.steps])) if content.steps else None,
-        _section("The books", *_books(content)),
-        _section("Against earlier nights", *_comparison(content)),
-        _section("How right the labels are", tag("p", content.accuracy)) if content.accuracy else None,
+        figure_row(content.figures),
+        section("What to do next", tag("ol", [_step(step) for step in content.steps])) if content.steps else None,
+        section("The books", *_books(content)),
+        section("Against earlier nights", *_comparison(content)),
+        section("How right the labels are", tag("p", content.accuracy)) if content.accuracy else None,
         *_photos(content),
         *_causes(content),
-        _section("Throughput", *_throughput(content)) if content.images else None,
-        _section("The run", _facts(content.facts), _details("Configuration", tag("pre", content.configuration))),
+        section("Throughput", *_throughput(content)) if content.images else None,
+        section("The run", _facts(content.facts), _details("Configuration", tag("pre", content.configuration))),
     )
 
 
-def _section(title: str, *content: Content) -> Markup:
+def section(title: str, *content: Content) -> Markup:
+    """A part of a page, with its heading."""
     return tag("section", tag("h2", title), *content)
 
 
@@ -142,7 +143,8 @@ def _details(title: str, content: Content) -> Markup:
     return tag("details", tag("summary", title), content)
 
 
-def _figures(figures: Sequence[tuple[str, str]]) -> Markup:
+def figure_row(figures: Sequence[tuple[str, str]]) -> Markup:
+    """(number, what it is) of a few numbers to remember, large."""
     shown = [tag("div", tag("b", number), tag("span", name), class_="figure") for number, name in figures]
     return tag("div", shown, class_="figures")
 
@@ -310,10 +312,10 @@ def _photos(content: RunPage) -> list[Content]:
     found: list[Content] = []
     if content.uncertain:
         text = "The photographs of this run with the least confidence in their label."
-        found.append(_section("Most uncertain", tag("p", text, class_="quiet"), photo_grid(content.uncertain)))
+        found.append(section("Most uncertain", tag("p", text, class_="quiet"), photo_grid(content.uncertain)))
     if content.neither:
         text = f"{content.neither_count:,} photographs look like neither a cat nor a dog. Their labels mean nothing."
-        found.append(_section("Neither cat nor dog", tag("p", text, class_="quiet"), photo_grid(content.neither)))
+        found.append(section("Neither cat nor dog", tag("p", text, class_="quiet"), photo_grid(content.neither)))
     return found
 
 
@@ -328,7 +330,8 @@ def _photo(photo: Photo) -> Markup:
     else:
         source = f"data:image/jpeg;base64,{base64.b64encode(photo.jpeg).decode()}"
         picture = tag("img", src=source, alt=photo.caption)
-    return tag("figure", picture, tag("figcaption", tag("b", photo.caption), tag("span", photo.name, title=photo.name)))
+    caption = photo.caption.replace(" %", "\N{NO-BREAK SPACE}%")
+    return tag("figure", picture, tag("figcaption", tag("b", caption), tag("span", photo.name, title=photo.name)))
 
 
 def _causes(content: RunPage) -> list[Content]:
@@ -337,7 +340,7 @@ def _causes(content: RunPage) -> list[Content]:
         if causes:
             heads = ["cause", "number", *(["for example"] if any(cause.examples for cause in causes) else [])]
             rows = [[cause.name, f"{cause.count:,}", _examples(cause)][: len(heads)] for cause in causes]
-            found.append(_section(title, table(heads, rows, text_columns=(0, 2))))
+            found.append(section(title, table(heads, rows, text_columns=(0, 2))))
     return found
 
 
