@@ -10,6 +10,7 @@ from catdog.config import (
     BenchServeConfig,
     BenchStartupConfig,
     BenchTrainConfig,
+    CompactConfig,
     CompareConfig,
     ConvertConfig,
     DemoConfig,
@@ -63,6 +64,9 @@ COMMANDS: Final = {
     "serve": Command(ServeConfig, "catdog.serving", "serve", "catdog serve --model s3://bucket/model --port 8000"),
     "convert": Command(ConvertConfig, "catdog.conversion", "convert", "catdog convert model --data data"),
     "verify": Command(VerifyConfig, "catdog.inference", "run_verify", "catdog verify s3://bucket/predictions"),
+    "compact": Command(
+        CompactConfig, "catdog.inference.compaction", "compact", "catdog compact s3://bucket/predictions"
+    ),
     "compare": Command(
         CompareConfig,
         "catdog.inference.comparison",
@@ -81,16 +85,16 @@ COMMANDS: Final = {
         "bench_chaos",
         "catdog bench chaos --data data --output chaos --num-kills 20",
     ),
-    "bench predict": Command(
-        BenchPredictConfig,
-        "catdog.bench.predict",
-        "bench_predict",
     "bench nightly-chaos": Command(
         BenchNightlyChaosConfig,
         "catdog.bench.nightly_chaos",
         "bench_nightly_chaos",
         "catdog bench nightly-chaos --output chaos",
     ),
+    "bench predict": Command(
+        BenchPredictConfig,
+        "catdog.bench.predict",
+        "bench_predict",
         "catdog bench predict --images photos --output bench",
     ),
     "bench serve": Command(

@@ -7,7 +7,14 @@ line from these classes: a field is a flag, and its docstring is the flag's help
 from catdog.config.checks import flag
 from catdog.config.choices import EngineName, Executor, Precision, Split
 from catdog.config.dataset import PrepareConfig
-from catdog.config.labelling import CompareConfig, ConvertConfig, EvaluateConfig, PredictConfig, VerifyConfig
+from catdog.config.labelling import (
+    CompactConfig,
+    CompareConfig,
+    ConvertConfig,
+    EvaluateConfig,
+    PredictConfig,
+    VerifyConfig,
+)
 from catdog.config.serving import ServeConfig
 from catdog.config.training import TrainConfig
 from catdog.config.trials import (
@@ -28,6 +35,7 @@ __all__ = [
     "BenchServeConfig",
     "BenchStartupConfig",
     "BenchTrainConfig",
+    "CompactConfig",
     "CompareConfig",
     "ConvertConfig",
     "DemoConfig",

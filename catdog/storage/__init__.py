@@ -14,7 +14,7 @@ environment variable `CATDOG_STORAGE_PATIENCE_S` says another number of seconds.
 since the process began ends within seconds. See `catdog.storage.outages`.
 """
 
-from catdog.storage.claims import Claim, claimed, is_held
+from catdog.storage.claims import Claim, claimed, holder, is_held
 from catdog.storage.filesystems import SourceFile
 from catdog.storage.listing import Listing, exists, list_images, list_names
 from catdog.storage.publishing import (
@@ -48,6 +48,7 @@ __all__ = [
     "delete",
     "delete_temporaries",
     "exists",
+    "holder",
     "is_held",
     "is_inside",
     "join",

@@ -180,6 +180,12 @@ def claimed(output: str, command: str) -> Iterator[Claim]:
                 os.rmdir(directory)
 
 
+def holder(output: str) -> Holder | None:
+    """Who holds an output; None where nobody does who lives. It may take a minute to tell (`EXPIRY_S`)."""
+    numbers = _numbers(absolute(output))
+    return _living_holder(absolute(output), numbers[-1]) if numbers else None
+
+
 def is_held(url: str, owner: str) -> bool:
     """Whether the file of a claim is there and names this owner. For workers, which have no `Claim`."""
     found = _read(url)
