@@ -1,6 +1,5 @@
 """The fsspec filesystem of a URL, and what catdog does when a storage fails."""
 
-import datetime
 import errno
 import io
 import itertools
@@ -19,6 +18,8 @@ from catdog.errors import StorageError, UsageError
 from catdog.provenance import redact
 from catdog.storage import outages, s3
 from catdog.storage.urls import is_local, local_path
+from catdog.storage.versions import version_of as version_of
+from catdog.storage.versions import version_of_status as version_of_status
 
 logger = logging.getLogger(__name__)
 
@@ -234,23 +235,6 @@ def _explaining_denials(fs: Any, path: str, ask: Callable[[], T]) -> T:
         raise OSError(errno.EAGAIN, "S3 denies a description of what it gives") from error
 
 
-def version_of(info: Mapping[str, Any]) -> str:
-    """A file's version, from fsspec's or S3's description of the file: its ETag, else its size and time of change.
-
-    Without either, "": a size alone is no evidence that a file is the same.
-    """
-    for key in ("ETag", "etag", "md5Hash", "Content-MD5"):
-        if info.get(key):
-            return str(info[key]).strip('"')
-    for key in ("mtime", "LastModified", "Last-Modified", "last_modified", "updated", "modified", "created"):
-        if changed := info.get(key):
-            if isinstance(changed, datetime.datetime):
-                changed = changed.timestamp()
-            size = info.get("size", info.get("Size"))
-            return f"{'' if size is None else size}-{int(changed * 1e9) if isinstance(changed, float) else changed}"
-    return ""
-
-
 def open_handle(url: str) -> IO[bytes]:
     """A seekable binary file. A remote file is fetched in blocks as it is read. For one thread at a time."""
     if is_local(url):
@@ -267,11 +251,6 @@ def open_handle(url: str) -> IO[bytes]:
         return handle
 
     return _explaining_denials(fs, path, open_it)
-
-
-def version_of_status(status: os.stat_result) -> str:
-    """The version of a local file: its size and the time at which it was changed."""
-    return f"{status.st_size}-{status.st_mtime_ns}"
 
 
 class WrappedFile(io.RawIOBase):

@@ -1,19 +1,18 @@
-"""S3: this module and `s3_objects`, with which it reads objects, are the only ones that know s3fs.
+"""S3: this module, `s3_objects`, which reads objects, and `s3_pages`, which reads listings, alone know s3fs.
 
-Three things that this module uses are not in s3fs's documentation: `call_s3`, `retries`, and the argument
+Three things that these modules use are not in s3fs's documentation: `call_s3`, `retries`, and the argument
 `max_concurrency` of `cat_file`. When a version of s3fs moves one of them, tests/test_storage_s3.py fails and names it.
 """
 
 import errno
 import functools
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 import fsspec
 
-from catdog.storage import s3_objects
+from catdog.storage import s3_objects, s3_pages
+from catdog.storage.s3_pages import Page as Page
 
 _SCHEMES: Final = ("s3", "s3a")
 
@@ -66,19 +65,6 @@ PASSING_ERRNOS: Final = {getattr(errno, "EREMOTEIO", errno.EIO), errno.EBUSY, er
 """Errors that can pass. s3fs turns HTTP status 5xx into EREMOTEIO, throttling into EBUSY, unknown codes into EIO."""
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
-    """One page of a listing.
-
-    Attributes:
-        objects: URL and description of each object. The description has S3's own fields: Key, Size, ETag, ...
-        next_token: what `list_page` takes to give the next page; None after the last page.
-    """
-
-    objects: list[tuple[str, Mapping[str, Any]]]
-    next_token: str | None
-
-
 def is_s3_url(url: str) -> bool:
     """Whether a URL names something in S3."""
     return url.partition("://")[0] in _SCHEMES
@@ -118,7 +104,7 @@ def _filesystem(_settings: tuple[str | None, ...], _pid: int, max_connections: i
     return fs
 
 
-def list_page(fs: Any, prefix: str, token: str | None, *, flat: bool) -> Page:
+def list_page(fs: Any, prefix: str, token: str | None, *, flat: bool, after: str = "") -> Page:
     """One page of the objects whose URL starts with `prefix`.
 
     `fs.find` and `fs.ls` are documented, but hold the whole listing in memory. obstore lists with a tenth of the CPU
@@ -129,18 +115,23 @@ def list_page(fs: Any, prefix: str, token: str | None, *, flat: bool) -> Page:
         prefix: the start of a URL. If it ends with a slash, it names a folder.
         token: `next_token` of the page before; None for the first page.
         flat: skip the objects whose URL has a further slash after `prefix`.
+        after: the first page begins with the first key that is greater.
     """
-    scheme, _, path = prefix.partition("://")
-    bucket, _, key = path.partition("/")
+    bucket, _, key = prefix.partition("://")[2].partition("/")
     key_prefix = key.rstrip("/")
     if key_prefix and key.endswith("/"):
         key_prefix += "/"
     request = {"Bucket": bucket, "Prefix": key_prefix, "Delimiter": "/" if flat else "", "MaxKeys": _PAGE_OBJECTS}
     if token is not None:
         request["ContinuationToken"] = token
-    answer = fs.call_s3("list_objects_v2", **request)
-    objects = [(f"{scheme}://{bucket}/{item['Key']}", item) for item in answer.get("Contents", ())]
-    return Page(objects, answer["NextContinuationToken"] if answer.get("IsTruncated") else None)
+    elif after:
+        request["StartAfter"] = after
+    return s3_pages.ask(fs, request)
+
+
+def lists_in_order(url: str) -> bool:
+    """Whether a bucket lists its objects in the order of their keys. The directory buckets of S3 Express do not."""
+    return not url.partition("://")[2].partition("/")[0].endswith("--x-s3")
 
 
 def is_denied(fs: Any, path: str) -> bool:
@@ -192,8 +183,8 @@ def delete(fs: Any, url: str) -> None:
     token = None
     while True:
         page = list_page(fs, url.rstrip("/") + "/", token, flat=False)
-        if page.objects:
-            keys = [{"Key": item["Key"]} for _, item in page.objects]
+        if page.keys:
+            keys = [{"Key": each} for each in page.keys]
             answer = fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
             if errors := answer.get("Errors"):
                 code, message = errors[0].get("Code"), errors[0].get("Message", "?")

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from catdog.errors import StorageError
 from catdog.provenance import redact
-from catdog.storage import patterns, s3
+from catdog.storage import key_ranges, patterns, s3
 from catdog.storage.filesystems import SourceFile, attempt, describe, filesystem, require, version_of, version_of_status
 from catdog.storage.names import is_hidden
 from catdog.storage.urls import is_local, join, local_path, path_uri
@@ -136,14 +136,18 @@ def stat_local(path: str, skip: Skip) -> SourceFile | None:
 
 def _walk_s3(fs: Any, directory: str, prefix: str, *, flat: bool) -> Iterator[SourceFile]:
     """Visible objects whose URL starts with `prefix`; with `flat`, only those directly in the directory."""
-    token = None
-    while True:
-        page = require(directory, functools.partial(s3.list_page, fs, prefix, token, flat=flat))
-        for url, item in page.objects:
-            if not url.endswith("/") and not is_hidden(url[len(directory) + 1 :]):
-                yield SourceFile(url, version_of(item), item["Size"])
-        if (token := page.next_token) is None:
-            return
+
+    def fetch(after: str, token: str | None) -> s3.Page:
+        return require(directory, functools.partial(s3.list_page, fs, prefix, token, flat=flat, after=after))
+
+    key_prefix = prefix.partition("://")[2].partition("/")[2]
+    base = prefix.removesuffix(key_prefix)
+    begin = len(directory) + 1 - len(base)
+    is_ordered = s3.lists_in_order(prefix)
+    for page in key_ranges.pages(key_prefix, fetch, key_ranges.num_lists(), is_ordered=is_ordered):
+        for key, version, num_bytes in zip(page.keys, page.versions, page.sizes, strict=True):
+            if not key.endswith("/") and not is_hidden(key[begin:]):
+                yield SourceFile(base + key, version, num_bytes)
 
 
 def _walk_any(
