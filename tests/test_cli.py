@@ -46,10 +46,12 @@ def unwrapped(text: str) -> str:
 
 COMMANDS = (
     "catdog must be given one of the commands demo, prepare, train, tune, evaluate, predict, serve, convert, verify, "
-    "bench train, bench chaos, bench nightly-chaos, bench predict, bench serve, bench startup. "
+    "compact, compare, bench train, bench chaos, bench nightly-chaos, bench predict, bench serve, bench startup. "
     "Received: "
 )
-BENCH = "catdog bench must be given one of the commands train, chaos, nightly-chaos, predict, serve, startup. Received: "
+BENCH = (
+    "catdog bench must be given one of the commands train, chaos, nightly-chaos, predict, serve, startup. Received: "
+)
 TRAIN = "train --data d --output o "
 
 

@@ -18,6 +18,7 @@ from test_layers import LAYERS, PACKAGE, files, part_of
 
 from catdog import bundle, cli, errors, images, metrics, quantization, schema, storage
 from catdog.bench.chaos import BenchChaosRecord, Outcome
+from catdog.bench.nightly_chaos import BenchNightlyChaosRecord
 from catdog.bench.serve_record import CONTENDERS, NUM_CLIENTS, BenchServeRecord, Load
 from catdog.bench.spread import spread
 from catdog.bench.train import BenchTrainRecord, Figure
@@ -27,6 +28,7 @@ from catdog.demo import DemoRecord
 from catdog.engines import GOLDEN_TOLERANCES
 from catdog.evaluation import EvaluationRecord, FloatFigures
 from catdog.inference.books import Books, RunRecord
+from catdog.inference.compaction import CompactRecord
 from catdog.records import Record, percent
 from catdog.serving import problems
 from catdog.serving import service as serving_limits
@@ -583,6 +585,51 @@ def test_bench_chaos_prints_what_the_readme_shows() -> None:
         undisturbed=outcome,
         disturbed=outcome,
         config={"checkpoint_steps": 20},
+    )
+    check_printed(shown, record)
+
+
+def test_bench_nightly_chaos_prints_what_the_readme_shows() -> None:
+    (line,) = (line for line in commands(README) if line.startswith("catdog bench nightly-chaos"))
+    shown = printed(line)
+    (ends,) = (line for line in shown if line.startswith("  runs"))
+    (kills,) = (line for line in shown if line.startswith("  killed"))
+    record: BenchNightlyChaosRecord = made(
+        BenchNightlyChaosRecord,
+        output="chaos",
+        num_images=1000,
+        num_runs=20,
+        ends=counts(ends),
+        num_kills={"worker": 10, "driver": 5},
+        kills_by_moment=counts(kills.partition(":")[2]),
+        num_overlaps=5,
+        most_under_way=100,
+        num_opened_again=100,
+        num_polls=100,
+        num_torn=0,
+        num_twice=0,
+        num_shrunk=0,
+        num_missing=0,
+        num_extra=0,
+        duration_s=9.0,
+        config={"executor": "inline"},
+    )
+    check_printed(shown, record)
+
+
+def test_compact_prints_what_the_readme_shows() -> None:
+    shown = printed("catdog compact predictions")
+    record: CompactRecord = made(
+        CompactRecord,
+        output="predictions",
+        num_merged=2,
+        num_parts_before=2,
+        num_parts_after=1,
+        num_rows=9,
+        left={},
+        num_deleted=0,
+        num_finished=0,
+        duration_s=9.0,
     )
     check_printed(shown, record)
 
