@@ -1,0 +1,40 @@
+#!/bin/sh
+# Labels what is new, for cron and for whatever else starts a command and looks at its exit code:
+#
+#   nightly.sh --images /srv/photographs --output /srv/predictions
+#
+# There are never two at once: a second one ends with exit code 75. After a crash (exit code 1, or killed) it tries again,
+# three times in all, because the same command does what is left. Bad usage (2), too many images that failed (3) and a
+# signal are not tried again. Its exit code is that of the last `catdog predict`.
+#
+# CATDOG_LOCK is the file that it locks, CATDOG_PAUSE_S how long it waits between two tries, and CATDOG_NOTIFY_URL a web
+# hook that each try tells how it ended.
+set -u
+
+lock=${CATDOG_LOCK:-${XDG_RUNTIME_DIR:-/tmp}/catdog-nightly.lock}
+exec 9>"$lock"
+if ! flock --nonblock 9; then
+  echo "nightly: another run holds $lock" >&2
+  exit 75
+fi
+
+attempt=1
+while :; do
+  catdog predict "$@" # it inherits the lock, and holds it as long as it lives
+  code=$?
+  case $code in
+    1 | 137) [ "$attempt" -lt 3 ] || break ;;
+    *) break ;;
+  esac
+  echo "nightly: try $attempt ended with exit code $code" >&2
+  sleep "${CATDOG_PAUSE_S:-600}"
+  attempt=$((attempt + 1))
+done
+
+case $code in
+  0) ;;
+  2) echo "nightly: bad usage: see the line above" >&2 ;;
+  3) echo "nightly: too many images failed: see the newest report in _runs/ of the output" >&2 ;;
+  *) echo "nightly: failed with exit code $code; what is labelled stays, and the next run does the rest" >&2 ;;
+esac
+exit "$code"
