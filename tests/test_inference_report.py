@@ -76,7 +76,7 @@ def nights(tmp_path_factory: pytest.TempPathFactory, model: str) -> Iterator[Out
 
 def test_the_record_holds_what_later_nights_compare_with(nights: Output) -> None:
     first = nights.records[0]
-    assert first.confidence_edges == CONFIDENCE_EDGES
+    assert tuple(first.confidence_edges) == CONFIDENCE_EDGES
     assert {name: sum(counts) for name, counts in first.confidence.items()} == first.labels
     saved = json.loads((nights.output / "_runs" / f"{first.run_id}.json").read_text())
     assert saved["confidence"] == first.confidence

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 import secrets
-import time
 from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +16,7 @@ from catdog.errors import BooksError, StorageError
 from catdog.inference import drift, findings
 from catdog.inference.findings import CONFIDENCE_EDGES
 from catdog.inference.plan import PASSING_CODES, Counts
+from catdog.inference.progress import Progress
 from catdog.inference.work import Job, SliceResult
 from catdog.metrics import Estimate
 
@@ -24,9 +24,6 @@ logger = logging.getLogger(__name__)
 
 RUNS_NAME: Final = "_runs"
 """Name of the directory of the run records in an output."""
-
-LOG_INTERVAL_S: Final = 10.0
-"""Seconds between two lines of the log while images are labelled."""
 
 DENIED_IMAGES: Final = 256
 """If a run cannot get at any of so many images, which are its first, it stops: their storage is closed to it."""
@@ -120,7 +117,7 @@ class RunRecord(records.Record):
 
     # What follows is not in the records of older catdogs.
 
-    confidence_edges: tuple[float, ...] = ()
+    confidence_edges: list[float] = field(default_factory=list)
     """Edges of the bins of `confidence`."""
 
     confidence: dict[str, list[int]] = field(default_factory=dict)
@@ -210,18 +207,17 @@ class Ledger:
         )
 
     def enter(self, results: Generator[SliceResult]) -> None:
-        """Add the results of slices as they come, and log every few seconds how far the run is."""
-        started = logged = time.monotonic()
-        with contextlib.closing(results):
+        """Add the results of slices as they come, and show how far the run is."""
+        with contextlib.closing(results), Progress(self.total) as progress:
             for result in results:
                 self._add(result)
+                num_errors = sum(result.errors.values())
+                progress.add(sum(result.labels.values()) + num_errors + result.already_done, num_errors)
                 self._refuse_closed_storage(result)
-                now = time.monotonic()
-                if now - logged > LOG_INTERVAL_S:
-                    logged = now
-                    num_labelled = self.labels.total() + self.errors.total()
-                    rate = num_labelled / (now - started)
-                    logger.info("Labelled %d of %d images, %.0f per second", num_labelled, self._counts.to_label, rate)
+
+    def total(self) -> tuple[int | None, bool]:
+        """How many images there are to try, as far as that is known, and whether that is all."""
+        return self._counts.to_label, True
 
     def _refuse_closed_storage(self, result: SliceResult) -> None:
         """Raise `StorageError` if the run has got at none of the images that it tried first."""
@@ -307,7 +303,7 @@ class Ledger:
             config=provenance.configuration(config),
             versions=provenance.versions(),
             host=provenance.host(),
-            confidence_edges=CONFIDENCE_EDGES,
+            confidence_edges=list(CONFIDENCE_EDGES),
             confidence=self.findings["confidence"],
             review_reasons=dict(sorted(self.findings["review_reasons"].items())),
             expected_accuracy=self.expected_accuracy(calibration_error),

@@ -15,7 +15,8 @@ from catdog.config import CompareConfig
 from catdog.errors import OutputRefusedError, UsageError
 from catdog.inference.database import open_database
 from catdog.inference.findings import Example
-from catdog.inference.publish import is_part, read_parts, spill_keys
+from catdog.inference.journals import settled
+from catdog.inference.publish import read_parts, spill_keys
 from catdog.inference.thumbnails import thumbnails
 from catdog.provenance import redact
 from catdog.schema import CLASS_NAMES
@@ -222,11 +223,14 @@ def compare(config: CompareConfig) -> Comparison:
 
 def _spilled(output: str, path: Path) -> Path:
     """The columns that are compared, of all parts of an output, as one local file."""
-    parts = [name for name in storage.list_names(output) if is_part(name)]
-    if not parts:
-        raise OutputRefusedError(f"OUTPUT must hold predictions. Received: {redact(output)}, which holds none")
-    spill_keys(path, read_parts(output, parts, _COLUMNS), _COLUMNS)
-    return path
+
+    def spill(parts: Sequence[str], _merged: set[str]) -> Path:
+        if not parts:
+            raise OutputRefusedError(f"OUTPUT must hold predictions. Received: {redact(output)}, which holds none")
+        spill_keys(path, read_parts(output, parts, _COLUMNS), _COLUMNS)
+        return path
+
+    return settled(output, spill)
 
 
 def _chosen_models(

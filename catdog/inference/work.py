@@ -20,6 +20,7 @@ from catdog.errors import BundleError, ClaimLostError, ImageError, StorageError
 from catdog.inference import trial
 from catdog.inference.findings import Findings, findings
 from catdog.inference.plan import CONTENT_VERSION, Slice
+from catdog.inference.progress import Watch
 from catdog.inference.publish import publish_part, rows_of_run
 from catdog.inference.sources import Root
 from catdog.labelling import PORTION_BYTES, Labelled, Verdict, load_labeller
@@ -154,6 +155,7 @@ class Worker:
         self._may_have_double = may_have_double
         self._labeller = load_labeller(model, job.engine, num_workers=num_workers, use_gpu=job.use_gpu)
         self._publishers = ThreadPoolExecutor(_PUBLISHERS, thread_name_prefix="catdog-publish")
+        self._watch = Watch()
 
     def __enter__(self) -> "Worker":
         return self
@@ -163,6 +165,7 @@ class Worker:
         self._publishers.shutdown(wait=False, cancel_futures=True)
         self._labeller.close()
         self._publishers.shutdown()
+        self._watch.close()
 
     def run(self, slices: Iterable[Slice], *, num_suspects: int = 0) -> Iterator[SliceResult]:
         """Label and publish slices. Yields the result of each, in their order.
@@ -181,16 +184,25 @@ class Worker:
             if number < num_suspects:
                 deadly = trial.deadly(piece.files, self._labeller.bundle.image_size, self._job.own)
             cut = portions(piece.files, lambda file: (1, file.num_bytes), self._job.batch_size, PORTION_BYTES)
-            labelling = [self._submit(files, deadly) for files in cut]
-            parts.append(self._publishers.submit(self._publish, piece, labelling))
+            labelling: list[Future[Labelled]] = []
+            self._watch.begin(piece, partial(_are_done, labelling))
+            labelling += [self._submit(files, deadly) for files in cut]
+            published = self._publishers.submit(self._publish, piece, labelling)
+            published.add_done_callback(partial(self._end, piece.part))
+            parts.append(published)
             while parts and (parts[0].done() or len(parts) > 2 * _PUBLISHERS):
                 yield parts.popleft().result()
         for part in parts:
             yield part.result()
 
+    def _end(self, part: str, _published: "Future[SliceResult]") -> None:
+        self._watch.end(part)
+
     def _submit(self, files: Sequence[SourceFile], deadly: dict[SourceFile, ImageError]) -> "Future[Labelled]":
         read = partial(_read, files, deadly, self._job.own)
-        return self._labeller.submit(read, num_bytes=sum(file.num_bytes for file in files))
+        labelling = self._labeller.submit(read, num_bytes=sum(file.num_bytes for file in files))
+        labelling.add_done_callback(lambda _: self._watch.add(len(files)))
+        return labelling
 
     def _publish(self, piece: Slice, labelling: "Sequence[Future[Labelled]]") -> SliceResult:
         labelled = [future.result() for future in labelling]
@@ -243,6 +255,10 @@ class Worker:
             )
         replaced = [(file.uri, file.version) for file in files] if piece.is_retry else None
         return publish_part(self._job.output, piece.part, rows, replaced=replaced, columns=self._job.columns)
+
+
+def _are_done(labelling: "Sequence[Future[Labelled]]") -> bool:
+    return bool(labelling) and all(portion.done() for portion in labelling)
 
 
 def _read(
