@@ -144,7 +144,7 @@ def attempt(url: str, action: Callable[[], T], *, patience_s: float | None = Non
         else:
             storage.succeeded()
             return result
-        words = describe(failure)
+        words = describe(failure) + s3.advice(failure)
         is_unreachable = isinstance(failure, (ConnectionRefusedError, socket.gaierror, *_loaded(_UNREACHABLE_ERRORS)))
         can_pass = is_unreachable or _can_pass(failure) or (storage.has_succeeded and s3.is_out_of_date(failure))
         if not can_pass or begun is None:

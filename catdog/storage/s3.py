@@ -25,8 +25,12 @@ _SETTINGS: Final = (
     "AWS_PROFILE",
     "AWS_REGION",
     "AWS_DEFAULT_REGION",
+    "AWS_NO_SIGN_REQUEST",
 )
 """Environment variables. When one of them changes, a new filesystem is made."""
+
+_UNSIGNED: Final = "AWS_NO_SIGN_REQUEST"
+"""The environment variable that says, as GDAL has it, that requests need no keys: `--no-sign-request` of aws-cli."""
 
 _PAGE_OBJECTS: Final = 1000
 """Objects in one page of a listing. S3 gives no more."""
@@ -89,8 +93,8 @@ def url_to_fs(url: str, max_connections: int) -> tuple[Any, str]:
 @functools.lru_cache(maxsize=8)
 def _filesystem(_settings: tuple[str | None, ...], _pid: int, max_connections: int) -> Any:
     """One filesystem per process and environment. It remembers no listings, and tries each request once."""
-    fs = fsspec.filesystem(
-        "s3",
+    fs = _class()(
+        anon=os.environ.get(_UNSIGNED, "").lower() in ("1", "true", "yes", "on"),
         skip_instance_cache=True,
         use_listings_cache=False,
         config_kwargs={
@@ -102,6 +106,27 @@ def _filesystem(_settings: tuple[str | None, ...], _pid: int, max_connections: i
     )
     fs.retries = 1  # attempts, not repetitions; no argument sets it
     return fs
+
+
+@functools.lru_cache(maxsize=1)
+def _class() -> Any:
+    """s3fs's filesystem, to which a key is a key."""
+    base: Any = fsspec.get_filesystem_class("s3")
+
+    class Filesystem(base):  # type: ignore[misc]
+        def split_path(self, path: str) -> tuple[str, str, str | None]:
+            """Bucket, key and version. s3fs takes `?versionId=` for no part of the key."""
+            bucket, _, _ = super().split_path(path)
+            return bucket, path.removeprefix("s3://").lstrip("/")[len(bucket) + 1 :], None
+
+    return Filesystem
+
+
+def advice(error: Exception) -> str:
+    """What a user can do about an error, as the end of a sentence; "" if nothing is known."""
+    if type(error).__name__ != "NoCredentialsError":
+        return ""
+    return f" (give keys as for aws-cli, or {_UNSIGNED}=true for a bucket that everybody may read)"
 
 
 def list_page(fs: Any, prefix: str, token: str | None, *, flat: bool, after: str = "") -> Page:

@@ -64,15 +64,15 @@ class _Plan:
 
     Attributes:
         url: of the bucket, without a slash at its end. It holds the bucket's name in its host or in its path.
-        region: for which the request is signed.
+        region: for which the request is signed; "" if it is not signed.
         key, secret, token: what signs it.
     """
 
     url: str
-    region: str
-    key: str
-    secret: str
-    token: str | None
+    region: str = ""
+    key: str = ""
+    secret: str = ""
+    token: str | None = None
 
 
 class _Bucket:
@@ -174,11 +174,8 @@ def read(
 
 
 def _can_be_named(key: str) -> bool:
-    """Whether obstore may get this key. It drops slashes at both ends, and s3fs takes `?versionId=` for no part of it.
-
-    Other keys that obstore cannot name, it refuses.
-    """
-    return key.strip("/") == key != "" and "?versionId=" not in key
+    """Whether obstore may get this key. It drops slashes at both ends. Other keys that it cannot name, it refuses."""
+    return key.strip("/") == key != ""
 
 
 def _bucket(fs: Any, name: str) -> _Bucket | None:
@@ -212,11 +209,13 @@ def _plan(fs: Any, bucket: str) -> _Plan:
 
     marker = uuid.uuid4().hex
     request, credentials = sync(fs.loop, _prepared, fs, bucket, marker)
+    url = request.url.removesuffix(f"/{marker}")
+    if fs.anon and "Authorization" not in request.headers:
+        return _Plan(url)
     authorization = request.headers["Authorization"]
     signed = _AUTHORIZATION.match(authorization.decode() if isinstance(authorization, bytes) else authorization)
     if signed is None or "X-Amz-S3session-Token" in request.headers:  # S3 Express has keys for each bucket
         raise ValueError("requests for this bucket are signed in another way")
-    url = request.url.removesuffix(f"/{marker}")
     return _Plan(url, signed[1], credentials.access_key, credentials.secret_key, credentials.token)
 
 
@@ -237,6 +236,8 @@ async def _prepared(fs: Any, bucket: str, key: str) -> tuple[Any, Any]:
         pass
     finally:
         client.meta.events.unregister("before-send.s3.GetObject", unique_id=key)
+    if fs.anon:
+        return seen[0], None
     credentials = await fs.session.get_credentials()
     return seen[0], await credentials.get_frozen_credentials()
 
@@ -266,8 +267,8 @@ def _store(plan: _Plan, fs: Any) -> Any:
         "endpoint": plan.url,
         "aws_endpoint_url_s3": plan.url,
         "virtual_hosted_style_request": True,  # the URL names the bucket
-        "region": plan.region,
-        "skip_signature": False,
+        "region": plan.region or "us-east-1",
+        "skip_signature": not plan.region,
         "request_payer": False,
         "s3_express": False,
     }
