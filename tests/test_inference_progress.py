@@ -62,13 +62,14 @@ def test_elsewhere_there_are_plain_lines(monkeypatch: pytest.MonkeyPatch, caplog
     monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.0)
     caplog.set_level(logging.INFO, logger="catdog")
     stream = io.StringIO()
-    with Progress(lambda: (None, False), stream) as shown:
+    with Progress(lambda: (None, False), stream, details=lambda: "decode 1.0 ms per image") as shown:
         shown.add(7, 0)
         wait_for(lambda: caplog.messages)
     assert stream.getvalue() == ""
     assert caplog.messages[0].startswith("Labelled 7 images, ")
     assert "\x1b" not in caplog.text
     assert "left" not in caplog.text
+    assert caplog.messages[0].endswith("no errors; decode 1.0 ms per image")
 
 
 def test_the_total_may_grow_while_the_listing_goes_on() -> None:

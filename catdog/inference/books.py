@@ -208,12 +208,20 @@ class Ledger:
 
     def enter(self, results: Generator[SliceResult]) -> None:
         """Add the results of slices as they come, and show how far the run is."""
-        with contextlib.closing(results), Progress(self.total) as progress:
+        with contextlib.closing(results), Progress(self.total, details=self.stages) as progress:
             for result in results:
                 self._add(result)
                 num_errors = sum(result.errors.values())
                 progress.add(sum(result.labels.values()) + num_errors + result.already_done, num_errors)
                 self._refuse_closed_storage(result)
+
+    def stages(self) -> str:
+        """How long each stage takes, over all threads."""
+        num = self.labels.total() + self.errors.total()
+        took = (
+            ", ".join(f"{stage} {1000 * seconds / num:.1f}" for stage, seconds in self.thread_s.items()) if num else ""
+        )
+        return f"{took} ms per image" if took else ""
 
     def total(self) -> tuple[int | None, bool]:
         """How many images there are to try, as far as that is known, and whether that is all."""

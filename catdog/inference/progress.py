@@ -109,14 +109,21 @@ def _num_labelled_here() -> int:
 class Progress:
     """Shows how far a run is, for the length of a `with` block. Thread-safe."""
 
-    def __init__(self, total: Callable[[], tuple[int | None, bool]], stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        total: Callable[[], tuple[int | None, bool]],
+        stream: TextIO | None = None,
+        details: Callable[[], str] = str,
+    ) -> None:
         """Prepare to show; nothing is shown yet.
 
         Args:
             total: returns how many images there are to try, as far as that is known, and whether that is all.
             stream: where to show it, by default stderr. If it is a terminal, a bar; else lines in the log.
+            details: returns what the lines of the log say besides.
         """
         self._total = total
+        self._details = details
         self._stream = stream or sys.stderr
         self._is_terminal = self._stream.isatty()
         self._lock = threading.Lock()
@@ -179,7 +186,8 @@ class Progress:
             self._stream.flush()
         elif time.monotonic() - self._last_line >= LOG_INTERVAL_S:
             self._last_line = time.monotonic()
-            logger.info("Labelled %s", self.state().text())
+            details = self._details()
+            logger.info("Labelled %s%s", self.state().text(), f"; {details}" if details else "")
 
     def _clear(self) -> None:
         with self._lock, contextlib.suppress(OSError, ValueError):

@@ -34,6 +34,7 @@ from catdog import errors, ray_internals
 from catdog.errors import CatdogError
 from catdog.inference.handout import Handout
 from catdog.inference.plan import Slice
+from catdog.inference.ray_figures import Figures
 from catdog.inference.work import Job, SliceResult, Worker
 from catdog.storage import SourceFile
 
@@ -299,6 +300,7 @@ class _SliceLabeller:
             is_reconstructed = ray.get_runtime_context().was_current_actor_reconstructed
         self._num_suspects = _MAX_IN_FLIGHT if is_reconstructed else 0
         self._id = ray.get_runtime_context().get_actor_id()
+        self._figures = Figures()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -307,6 +309,7 @@ class _SliceLabeller:
             begun = time.monotonic()
             num_suspects = max(self._num_suspects, int(row["is_double"]))
             (result,) = worker.run([_unpack(row["slice"])], num_suspects=num_suspects)
+            self._figures.add(result)
             self._num_suspects = _MAX_IN_FLIGHT if result.errors.get("decoder_died") else max(0, self._num_suspects - 1)
         except CatdogError as error:
             return done_row(row["number"], self._id, 0.0, type(error).__name__, str(error))
