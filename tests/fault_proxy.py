@@ -19,7 +19,7 @@ from s3_server import S3Server
 
 from catdog.storage import outages
 
-Fault = Literal["reset", "503", "500", "slow", "truncated", "lost", "expired", "skew"]
+Fault = Literal["reset", "503", "500", "slow", "truncated", "lost", "expired", "skew", "late"]
 """What may happen to a request.
 
 - `reset`: the connection is reset before the request is read.
@@ -28,9 +28,13 @@ Fault = Literal["reset", "503", "500", "slow", "truncated", "lost", "expired", "
 - `slow`: the answer comes late.
 - `truncated`: the answer's body ends in the middle.
 - `lost`: the work is done, and the connection is reset in place of the answer.
+- `late`: the work is done, and the answer comes after `LATE_S`. A client whose time-out is shorter has gone by then.
 """
 
-FAULTS: Final[tuple[Fault, ...]] = get_args(Fault)
+FAULTS: Final[tuple[Fault, ...]] = tuple(fault for fault in get_args(Fault) if fault != "late")
+"""Those that take no longer than a test wants."""
+
+LATE_S: Final = 3.0
 
 _ANSWERS: Final = {
     "503": (503, "SlowDown"),
@@ -158,6 +162,8 @@ class FaultProxy:
             data = answer.read()
         finally:
             upstream.close()
+        if fault == "late":
+            time.sleep(LATE_S)
         if fault == "lost":
             handler.reset()
             return

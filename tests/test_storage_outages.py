@@ -14,6 +14,7 @@ from storage_case import FlakyS3, write_manifest
 from catdog import storage
 from catdog.errors import ImageError, OutputClaimedError, StorageError, UsageError
 from catdog.storage import claims, filesystems, outages, reading
+from catdog.storage import s3 as s3_filesystems
 from catdog.storage.listing import list_all_names
 
 pytest_plugins = ["s3_server", "storage_case", "fault_proxy"]
@@ -269,6 +270,24 @@ def test_claims_survive(bucket: str, proxy: FaultProxy, fault: Fault, monkeypatc
         claim.check()
         proxy.inject(fault, times=2)
     assert list_all_names(f"{bucket}/out") == []
+
+
+@pytest.mark.slow
+def test_what_a_storage_did_although_its_answer_came_too_late_is_not_undone(bucket: str, proxy: FaultProxy) -> None:
+    s3_filesystems._filesystem.cache_clear()  # the client has not been told its time-out yet
+    filesystems.filesystem(bucket)[0].config_kwargs["read_timeout"] = 1
+    proxy.inject("late", times=1)
+    storage.publish_bytes(f"{bucket}/a", b"whole")
+    assert proxy.num_requests > 1
+    assert storage.read_bytes(f"{bucket}/a") == b"whole"
+    creating = proxy.expect("PUT /")
+    proxy.inject("late", times=100, every=3)
+    with storage.claimed(f"{bucket}/out", "predict") as claim:
+        assert creating.is_set()
+        claim.check()
+    proxy.inject(None)
+    assert list_all_names(f"{bucket}/out") == []
+    s3_filesystems._filesystem.cache_clear()
 
 
 @pytest.mark.slow
