@@ -105,6 +105,7 @@ RECORD = BenchNightlyChaosRecord(
     num_kills={"worker": 100, "driver": 20},
     kills_by_moment={"labelling": 90, "starting": 20, "between": 10},
     num_overlaps=20,
+    compactions={},
     most_under_way=1000,
     num_opened_again=40_000,
     num_polls=5000,
@@ -127,6 +128,15 @@ def test_what_no_reader_should_see_is_an_error(name: str) -> None:
     nightly_chaos.check(RECORD, is_complete=True, calm="done")
     with pytest.raises(BooksError, match=rf"^the rows must be those of an undisturbed run, .*'{name}': 1"):
         nightly_chaos.check(dataclasses.replace(RECORD, **{name: 1}), is_complete=True, calm="done")  # type: ignore[arg-type]
+
+
+def test_rows_may_be_missing_while_an_output_is_compacted() -> None:
+    compacted = dataclasses.replace(RECORD, num_shrunk=1, compactions={"done": 1})
+    nightly_chaos.check(compacted, is_complete=True, calm="done")
+    with pytest.raises(CatdogError, match=r"^a run must end by itself, .*Received: exit code 1: x$"):
+        nightly_chaos.check(
+            dataclasses.replace(compacted, compactions={"exit code 1: x": 1}), is_complete=True, calm="done"
+        )
 
 
 def test_a_run_that_ends_as_none_should_is_an_error() -> None:
@@ -159,6 +169,7 @@ def test_rows_are_those_of_an_undisturbed_run_whoever_is_killed(model: str, tmp_
         num_worker_kills=3,
         num_driver_kills=1,
         num_overlaps=1,
+        num_compactions=2,
         night_size=600,
         seed=1,
     )
@@ -168,6 +179,7 @@ def test_rows_are_those_of_an_undisturbed_run_whoever_is_killed(model: str, tmp_
     assert sum(record.kills_by_moment.values()) == 4
     assert record.most_under_way is not None
     assert record.num_opened_again is not None
+    assert sum(record.compactions.values()) == 2
     assert record.num_polls > 10
     parts = list((tmp_path / "disturbed").glob("part-*.parquet"))
     assert sum(pq.read_metadata(part).num_rows for part in parts) == record.num_images
@@ -209,6 +221,7 @@ def test_rows_are_those_of_an_undisturbed_run_whatever_the_storage_does(model: s
         num_worker_kills=2,
         num_driver_kills=1,
         num_overlaps=1,
+        num_compactions=1,
         night_size=100,
     )
     record = bench_nightly_chaos(config)

@@ -29,6 +29,7 @@ from catdog.engines import GOLDEN_TOLERANCES
 from catdog.evaluation import EvaluationRecord, FloatFigures
 from catdog.inference.books import Books, RunRecord
 from catdog.inference.compaction import CompactRecord
+from catdog.inference.comparison import Comparison, Difference
 from catdog.records import Record, percent
 from catdog.serving import problems
 from catdog.serving import service as serving_limits
@@ -406,6 +407,7 @@ def run_record(output: str, errors: dict[str, int], *, num_ok: int = 3) -> RunRe
         needs_review=1,
         errors=errors,
         skipped={},
+        drift=[],
         durations_s={"total": 1.5},
         images_per_s=2.5,
     )
@@ -603,6 +605,7 @@ def test_bench_nightly_chaos_prints_what_the_readme_shows() -> None:
         num_kills={"worker": 10, "driver": 5},
         kills_by_moment=counts(kills.partition(":")[2]),
         num_overlaps=5,
+        compactions={"done": 1} if any(line.startswith("  compacted") for line in shown) else {},
         most_under_way=100,
         num_opened_again=100,
         num_polls=100,
@@ -630,6 +633,45 @@ def test_compact_prints_what_the_readme_shows() -> None:
         num_deleted=0,
         num_finished=0,
         duration_s=9.0,
+    )
+    check_printed(shown, record)
+
+
+def test_compare_prints_what_the_readme_shows() -> None:
+    shown = printed("catdog compare predictions predictions-float --output compare.html")
+    names = [line.split()[1].rstrip(":") for line in shown if line.startswith("  flip  ")]
+    flips = [
+        Difference(
+            uri=name,
+            before=before,
+            after="dog",
+            prob_dog_before=0.4,
+            prob_dog_after=0.6,
+            error_code=None,
+            error_message=None,
+        )
+        for name, before in zip(names, ["cat"] * len(names), strict=True)
+    ]
+    record: Comparison = made(
+        Comparison,
+        before="predictions",
+        after="predictions-float",
+        model_before="fca8230c5c7e",
+        model_after="fca8230c5c7e",
+        both=454,
+        flows={"cat": {"dog": 5}},
+        flips=5,
+        new_errors=0,
+        mended=0,
+        shifted=15,
+        shift_quantiles={"50 %": 0.00046, "90 %": 0.0285, "99 %": 0.155, "100 %": 0.355},
+        review_added=2,
+        review_dropped=8,
+        content_changed=0,
+        only_before=200,
+        only_after=0,
+        examples={"flips": flips, "new_errors": []},
+        page="compare.html",
     )
     check_printed(shown, record)
 

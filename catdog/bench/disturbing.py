@@ -24,7 +24,7 @@ from catdog.bench.polling import Reader
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["worker", "driver", "overlap"]
+Kind = Literal["worker", "driver", "overlap", "compaction"]
 Moment = Literal["starting", "labelling", "between"]
 
 _POLL_S: Final = 0.01
@@ -51,7 +51,7 @@ _ACTOR: Final = "_SliceLabeller"
 
 @dataclass(frozen=True, kw_only=True)
 class Disturbance:
-    """A kill, or two runs that were started at the same time."""
+    """A kill, two runs that were started at the same time, or a compaction."""
 
     kind: Kind
     moment: Moment
@@ -64,14 +64,15 @@ class Disturbance:
 
 
 class Run:
-    """A run of `catdog predict` as a process of its own."""
+    """A run of `catdog predict`, or of `catdog compact`, as a process of its own."""
 
     def __init__(self, arguments: Sequence[str], log: Path) -> None:
+        """Start `catdog` with these arguments."""
         self._log = log
         self._started = time.monotonic()
         with log.open("wb") as written:
             self.process = subprocess.Popen(
-                [*shell.CATDOG, "predict", *arguments],
+                [*shell.CATDOG, *arguments],
                 env=shell.environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -116,6 +117,7 @@ class Disturber:
     Attributes:
         done: what was done.
         ends: how runs ended → how many did.
+        compactions: the same of compactions.
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class Disturber:
     ) -> None:
         self.done: list[Disturbance] = []
         self.ends: Counter[str] = Counter()
+        self.compactions: Counter[str] = Counter()
         self._growing, self._output, self._arguments = growing, output, arguments
         self._opened, self._reader, self._scratch = opened, reader, scratch
         self._has_actors = has_actors
@@ -147,6 +150,7 @@ class Disturber:
             "worker": self._kill_worker,
             "driver": self._kill_driver,
             "overlap": self._overlap,
+            "compaction": self._compact,
         }
         try:
             for number, kind in enumerate(kinds):
@@ -175,9 +179,11 @@ class Disturber:
         return run.end
 
     def _start(self, places: Sequence[str], output: str | None = None) -> Run:
-        self._num_runs += 1
         images = [argument for place in places for argument in ("--images", place)]
-        arguments = [*images, "--output", output or self._output, *self._arguments]
+        return self._run("predict", *images, "--output", output or self._output, *self._arguments)
+
+    def _run(self, *arguments: str) -> Run:
+        self._num_runs += 1
         return Run(arguments, Path(self._scratch, f"run-{self._num_runs:04d}.log"))
 
     def _kill_worker(self) -> bool:
@@ -213,6 +219,21 @@ class Disturber:
         second = self._start([nights[-1], *some])
         self._runs = [first, second]
         self.done.append(Disturbance(kind="overlap", moment="starting", num_under_way=None))
+        return True
+
+    def _compact(self) -> bool:
+        """Compact beside a run, as long as it takes, or until it is killed at a random instant."""
+        if not self._reader.num_rows or not self._wait_moment(self._running()):
+            return False
+        compaction = self._run("compact", self._output)
+        try:
+            compaction.process.wait(
+                _STUCK_S if self._rng.random() < 0.5 else float(self._rng.uniform(0, _LONGEST_DELAY_S))
+            )
+        except subprocess.TimeoutExpired:
+            compaction.kill()
+        self.compactions[compaction.end] += 1
+        self.done.append(Disturbance(kind="compaction", moment="between", num_under_way=None))
         return True
 
     def _running(self) -> Run:

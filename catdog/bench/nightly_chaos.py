@@ -1,9 +1,9 @@
 """`catdog bench nightly-chaos`: labelling that is killed over and over must end with the rows of an undisturbed run.
 
 A collection of pictures grows, and `catdog predict` runs over it again and again, into one output. Its workers and its
-drivers are killed at random moments, and two runs are started at the same time over listings that overlap. All the
-while a reader reads the output. At the end `catdog predict` is run until it completes, and once more into another
-output; the rows of both must be the same.
+drivers are killed at random moments, two runs are started at the same time over listings that overlap, and the output
+is compacted meanwhile. All the while a reader reads the output. At the end `catdog predict` is run until it completes,
+and once more into another output; the rows of both must be the same.
 """
 
 from __future__ import annotations
@@ -65,6 +65,9 @@ class BenchNightlyChaosRecord(Record):
     num_overlaps: int
     """How many times two runs were started at the same time."""
 
+    compactions: dict[str, int]
+    """How runs of `catdog compact` ended → number, as for `ends`. One is refused while a run plans."""
+
     most_under_way: int | None
     """Images that were opened and not yet published at a kill, at most. They are what a kill costs. None where it is
     not known, because the images do not lie on a local disk."""
@@ -80,7 +83,7 @@ class BenchNightlyChaosRecord(Record):
     """How many times the reader saw an image with two rows."""
 
     num_shrunk: int
-    """How many times the reader saw fewer rows than before."""
+    """How many times the reader saw fewer rows than before. While an output is compacted, it may."""
 
     num_missing: int
     """Rows of the undisturbed run that are not in the disturbed output."""
@@ -106,6 +109,8 @@ class BenchNightlyChaosRecord(Record):
             f"  overlaps    {self.num_overlaps:,} times two runs at once",
             f"  runs        {counted(self.ends)}",
         ]
+        if self.compactions:
+            lines.append(f"  compacted   {counted(self.compactions)}")
         if self.most_under_way is not None and self.num_opened_again is not None:
             lines.append(
                 f"  done again  at most {self.most_under_way:,} images under way at a kill; "
@@ -164,6 +169,7 @@ def bench_nightly_chaos(config: BenchNightlyChaosConfig) -> BenchNightlyChaosRec
                     "worker": config.num_worker_kills,
                     "driver": config.num_driver_kills,
                     "overlap": config.num_overlaps,
+                    "compaction": config.num_compactions,
                 }
             )
             is_complete = disturber.complete(_MAX_LAST_RUNS)
@@ -174,16 +180,18 @@ def bench_nightly_chaos(config: BenchNightlyChaosConfig) -> BenchNightlyChaosRec
             )
         calm = disturber.run_undisturbed(undisturbed)
     missing, extra = _difference(disturbed, undisturbed)
-    kills = [each for each in disturber.done if each.kind != "overlap"]
+    kinds = Counter(each.kind for each in disturber.done)
+    kills = [each for each in disturber.done if each.kind in ("worker", "driver")]
     under_way = [each.num_under_way for each in kills if each.num_under_way is not None]
     record = BenchNightlyChaosRecord(
         output=provenance.redact(output),
         num_images=growing.num_pictures,
         num_runs=disturber.ends.total(),
         ends=dict(disturber.ends.most_common()),
-        num_kills=dict(Counter(each.kind for each in kills)),
+        num_kills={kind: kinds[kind] for kind in ("worker", "driver")},
         kills_by_moment=dict(Counter(each.moment for each in kills)),
-        num_overlaps=len(disturber.done) - len(kills),
+        num_overlaps=kinds["overlap"],
+        compactions=dict(disturber.compactions.most_common()),
         most_under_way=max(under_way, default=0) if opened is not None else None,
         num_opened_again=num_opened_again,
         num_polls=reader.num_polls,
@@ -245,12 +253,12 @@ def check(record: BenchNightlyChaosRecord, *, is_complete: bool, calm: str) -> N
     found = {
         name: getattr(record, name)
         for name in ("num_missing", "num_extra", "num_torn", "num_twice", "num_shrunk")
-        if getattr(record, name)
+        if getattr(record, name) and not (name == "num_shrunk" and record.compactions)
     }
     if found or record.differences:
         raise BooksError(
             "the rows must be those of an undisturbed run, and a reader must never see a torn file, an image twice, or "
             f"fewer rows than before. Received: {found}; {'; '.join(record.differences[:3])}"
         )
-    if unexpected := [end for end in record.ends if end.startswith("exit code")]:
+    if unexpected := [end for end in (*record.ends, *record.compactions) if end.startswith("exit code")]:
         raise CatdogError(f"a run must end by itself, or say that another is at work. Received: {unexpected[0]}")

@@ -117,6 +117,9 @@ class BenchNightlyChaosConfig:
     num_overlaps: int = 20
     """Number of times that two runs are started at the same time."""
 
+    num_compactions: int = 10
+    """Number of times that the output is compacted beside a run. Every second compaction, about, is killed."""
+
     night_size: int = 1500
     """Number of pictures by which the collection grows, whenever less than that is left to label."""
 
@@ -126,7 +129,7 @@ class BenchNightlyChaosConfig:
     def __post_init__(self) -> None:
         """Validate."""
         checks.is_url(self, "images", "output", "model")
-        checks.at_least(self, 0, "num_worker_kills", "num_driver_kills", "num_overlaps")
+        checks.at_least(self, 0, "num_worker_kills", "num_driver_kills", "num_overlaps", "num_compactions")
         checks.at_least(self, 1, "night_size")
 
 
