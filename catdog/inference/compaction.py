@@ -270,17 +270,13 @@ def _prepare(output: str, group: Sequence[_Part]) -> Journal | None:
         return None
     columns = columns_of(output, [group[0].name])
     tables = _each(lambda part: read_whole_part(output, part.name), group)
-    alike = [(part, rows) for part, rows in zip(group, tables, strict=True) if tuple(rows.schema.names) == columns]
-    merged = pa.concat_tables([rows for _, rows in alike]).sort_by(
-        [("uri", "ascending"), ("source_version", "ascending")]
-    )
-    del tables
-    is_ok = pc.equal(merged["status"], "ok")
-    labels, errors = merged.filter(is_ok), merged.filter(pc.invert(is_ok))
+    alike = [(part.name, rows) for part, rows in zip(group, tables, strict=True) if tuple(rows.schema.names) == columns]
+    sources = {name: len(rows) for name, rows in alike}
+    merged = pa.concat_tables([rows for _, rows in alike])
+    del tables, alike  # a million rows take 300 MB, and are sorted by copying them
+    merged = merged.sort_by([("uri", "ascending"), ("source_version", "ascending")])
+    cut = _by_status(merged)
     del merged
-    cut = [labels] if len(labels) else []
-    cut += [errors.slice(start, SLICE_SIZE) for start in range(0, len(errors), SLICE_SIZE)]
-    sources = {part.name: len(rows) for part, rows in alike}
     if len(cut) >= len(sources):
         return None
     digest = hashlib.blake2b("\n".join(sorted(sources)).encode(), digest_size=14).hexdigest()
@@ -299,6 +295,17 @@ def _prepare(output: str, group: Sequence[_Part]) -> Journal | None:
     with failpoints.step("journal"):
         journal.publish(output)
     return journal
+
+
+def _by_status(rows: pa.Table) -> list[pa.Table]:
+    """The labels, and then the errors, in pieces as large as a slice."""
+    is_ok = pc.equal(rows["status"], "ok")
+    num_ok = pc.sum(is_ok).as_py()
+    if num_ok == len(rows):
+        return [rows]
+    errors = rows.filter(pc.invert(is_ok))
+    pieces = [errors.slice(start, SLICE_SIZE) for start in range(0, len(errors), SLICE_SIZE)]
+    return [rows.filter(is_ok), *pieces] if num_ok else pieces
 
 
 def _swap(output: str, journal: Journal, claim: storage.Claim) -> None:
