@@ -34,8 +34,11 @@ def test_an_error_is_told_while_a_client_is_being_imported(tmp_path: Path, monke
     sorted({*filesystems._CLIENT_ERRORS, *filesystems._PASSING_CLIENT_ERRORS, *filesystems._UNREACHABLE_ERRORS}),
 )
 def test_the_errors_of_clients_are_where_they_were(module: str, name: str) -> None:
+    if module.startswith(("gcsfs", "google", "azure")):
+        pytest.importorskip(module, reason=f"{module} is not installed")
     package = importlib.import_module(module.partition(".")[0])
-    says = f"{package.__name__} {package.__version__} moved {module}.{name}: mend catdog/storage/filesystems.py"
+    version = getattr(package, "__version__", "")
+    says = f"{package.__name__} {version} moved {module}.{name}: mend catdog/storage/filesystems.py"
     error = getattr(importlib.import_module(module), name, None)
     assert isinstance(error, type), says
     assert issubclass(error, Exception), says

@@ -39,7 +39,7 @@ from catdog import failpoints
 from catdog.errors import ClaimLostError, OutputClaimedError, StorageError
 from catdog.provenance import redact
 from catdog.storage import outages, s3
-from catdog.storage.filesystems import attempt, filesystem
+from catdog.storage.filesystems import attempt, describe, filesystem
 from catdog.storage.listing import exists, list_all_names
 from catdog.storage.publishing import delete, publish_bytes
 from catdog.storage.reading import read_bytes
@@ -276,7 +276,11 @@ def _create(url: str, holder: Holder) -> bool:
             return False
         return True
 
-    if not attempt(url, put):
+    try:
+        is_put = attempt(url, put)
+    except FileNotFoundError as error:
+        raise StorageError(f"{redact(url)}: there is no such bucket: {describe(error)}") from error
+    if not is_put:
         return is_held(url, holder.owner)  # an answer may have been lost
     if attempt(url, put):  # the store heeds no conditions: the last of all writers holds the claim
         time.sleep(SETTLE_S)

@@ -33,6 +33,9 @@ _CLIENT_ERRORS: Final = (
     ("botocore.exceptions", "BotoCoreError"),
     ("botocore.parsers", "ResponseParserError"),
     ("aiohttp", "ClientError"),
+    ("gcsfs.retry", "HttpError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("azure.core.exceptions", "AzureError"),
 )
 """(module, name) of the base classes of what storage clients raise, besides OSError. `_loaded` finds the classes."""
 
@@ -42,6 +45,10 @@ _PASSING_CLIENT_ERRORS: Final = (
     ("botocore.exceptions", "CredentialRetrievalError"),
     ("botocore.parsers", "ResponseParserError"),
     ("aiohttp", "ClientError"),
+    ("google.auth.exceptions", "TransportError"),
+    ("azure.core.exceptions", "ServiceRequestError"),
+    ("azure.core.exceptions", "ServiceResponseError"),
+    ("requests.exceptions", "RequestException"),
 )
 """(module, name) of those client errors that can pass."""
 
@@ -191,7 +198,9 @@ def _about_one_file(error: Exception) -> OSError | None:
         return error if s3.is_about_one_object(error) else None
     if getattr(error, "errno", None) == errno.ENAMETOOLONG or type(error).__name__ == "ParamValidationError":
         return FileNotFoundError(errno.ENOENT, describe(error))
-    match getattr(error, "status", None):  # of an HTTP server
+    if type(error) is OSError and str(error).startswith("Forbidden: "):  # of gcsfs
+        return PermissionError(errno.EACCES, describe(error))
+    match _status_of(error):
         case 401 | 403 as status:
             return PermissionError(errno.EACCES, f"HTTP status {status}")
         case 400 | 404 | 405 | 406 | 410 | 414 | 451 as status:
@@ -199,10 +208,16 @@ def _about_one_file(error: Exception) -> OSError | None:
     return None
 
 
+def _status_of(error: Exception) -> int | None:
+    """The HTTP status that an error of a web server, of gcsfs or of adlfs tells; None if it tells none."""
+    found = (getattr(error, name, None) for name in ("status", "status_code", "code"))
+    return next((status for status in found if isinstance(status, int) and status), None)
+
+
 def _can_pass(error: Exception) -> bool:
     if (says := s3.can_pass(error)) is not None:
         return says
-    if isinstance(status := getattr(error, "status", None), int) and status:  # of an HTTP server
+    if status := _status_of(error):
         return status >= 500 or status in _PASSING_STATUSES
     if isinstance(error, (TimeoutError, ConnectionError, *_loaded(_PASSING_CLIENT_ERRORS))):
         return True

@@ -86,6 +86,8 @@ def resolve(uri: str, directory: str) -> str:
     `d/../x` name what a listing of the directory calls `x`. So is an absolute local path. The URL of an object is
     taken as it is, because `d//x` and `d/x` may be two objects.
     """
+    if uri.startswith("s3://") and not uri.endswith("/"):  # of most of the rows of large tables
+        return uri
     if (chained := split_member(uri)) is not None:
         return uri.removesuffix(chained[1]) + resolve(chained[1], directory)
     if not is_relative(uri):
