@@ -118,7 +118,9 @@ def test_it_says_in_words_what_has_drifted() -> None:
         "Drift: these images are not like those of the 6 earlier nights with this model. " + shift.text
     )
     calm = drift.compare(nights.night(1000), [nights.night(4000)])
-    assert calm.verdict.startswith("No drift: confidence, labels, review and errors are as on the night before")
+    assert calm.verdict.startswith(
+        "No drift: confidence, labels, review and errors differ from the night before no more"
+    )
 
 
 def test_it_says_why_there_is_nothing_to_compare() -> None:

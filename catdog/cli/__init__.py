@@ -156,9 +156,7 @@ def _outlive_deaths(config: PredictConfig | ServeConfig) -> None:
         note_progress = supervised.outlive_deaths()
     except CatdogError as error:
         if isinstance(config, PredictConfig):
-            from catdog.inference import aftermath
-
-            aftermath.failed(config, error)
+            _follow_deaths(config, error)
         raise
     if isinstance(config, PredictConfig):  # what is imported is heavy, and therefore imported by the child
         from catdog.inference import executors
@@ -168,6 +166,18 @@ def _outlive_deaths(config: PredictConfig | ServeConfig) -> None:
         from catdog.serving import inline
 
         inline.after_starting = note_progress
+
+
+def _follow_deaths(config: PredictConfig, error: CatdogError) -> None:
+    """Do what follows a run that failed, in a child process: what killed the others may kill it, too."""
+    if (child := os.fork()) == 0:
+        try:
+            from catdog.inference import aftermath
+
+            aftermath.failed(config, error)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -198,7 +198,7 @@ def compare(tonight: Night, earlier: Sequence[Night]) -> Comparison:
     verdict = (
         f"Drift: these images are not like those of {among}. {' '.join(shift.text for shift in drifted)}"
         if drifted
-        else f"No drift: confidence, labels, review and errors are as on {among}, as far as nights differ by nature."
+        else f"No drift: confidence, labels, review and errors differ from {among} no more than nights do."
     )
     return Comparison(num_nights=len(nights), shifts=shifts, verdict=verdict)
 

@@ -14,8 +14,11 @@ _WIDTH: Final = 520
 _HEIGHT: Final = 210
 _TOP: Final = 14
 _BOTTOM: Final = 160
-_LEFT: Final = 44
+_LEFT: Final = 56
 _RIGHT: Final = 502
+
+_NAME_CHARS: Final = 48
+"""How much of a photograph's name is shown: its end."""
 
 State = Literal["good", "warn", "bad"]
 
@@ -330,8 +333,9 @@ def _photo(photo: Photo) -> Markup:
     else:
         source = f"data:image/jpeg;base64,{base64.b64encode(photo.jpeg).decode()}"
         picture = tag("img", src=source, alt=photo.caption)
+    name = photo.name if len(photo.name) <= _NAME_CHARS else f"…{photo.name[-_NAME_CHARS:]}"
     caption = photo.caption.replace(" %", "\N{NO-BREAK SPACE}%")
-    return tag("figure", picture, tag("figcaption", tag("b", caption), tag("span", photo.name, title=photo.name)))
+    return tag("figure", picture, tag("figcaption", tag("b", caption), tag("span", name, title=photo.name)))
 
 
 def _causes(content: RunPage) -> list[Content]:
