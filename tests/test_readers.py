@@ -7,27 +7,34 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pyarrow.dataset
+import pyarrow.parquet as pq
 import pytest
 from inference_case import photographs, rows_of, save_model
 from ray_case import small_ray
 
-from catdog.config import PredictConfig
+from catdog.config import CompactConfig, PredictConfig
 from catdog.inference import predict
+from catdog.inference.compaction import compact
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photographs and errors, of two runs: one part has nothing but labels, one nothing but an error."""
+    """Photographs and errors of four runs. The parts of three were merged, and are there without rows; of those that
+    have rows, one has nothing but labels, and two have nothing but errors.
+    """
     root = tmp_path_factory.mktemp("readers")
     images, output = photographs(root / "photos", 20), root / "out"
     config = PredictConfig(images=str(images), output=str(output), model=save_model(str(root / "model")))
     predict(config)
-    (images / "late.jpg").write_bytes(b"\xff\xd8\xff nothing more")
-    predict(config)
-    assert len(list(output.glob("*.parquet"))) > 1
-    assert len(list((output / "_runs").glob("*.json"))) == 2
+    for name in ("late", "later", "last"):
+        if name == "last":
+            assert compact(CompactConfig(output=str(output))).num_merged == 3
+        (images / f"{name}.jpg").write_bytes(b"\xff\xd8\xff nothing more")
+        predict(config)
+    assert sorted(pq.read_metadata(path).num_rows for path in output.glob("*.parquet")) == [0, 0, 0, 1, 6, 20]
+    assert len(list((output / "_runs").glob("*.json"))) == 4
     return output
 
 
