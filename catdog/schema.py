@@ -136,6 +136,38 @@ PREDICTIONS_SCHEMA: Final = versioned(
 _PREDICTIONS_SINCE: Final = {"remark": 2, "review_reason": 3}
 """Columns that the first version of the predictions did not have → the version that brought them."""
 
+PLAN_SCHEMA: Final = versioned(
+    "plan",
+    1,
+    [
+        pa.field("part", pa.string(), nullable=False),
+        pa.field("position", pa.int64(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("version", pa.string(), nullable=False),
+        pa.field("num_bytes", pa.int64(), nullable=False),
+        pa.field("known", pa.list_(pa.string()), nullable=False),
+        pa.field("is_retry", pa.bool_(), nullable=False),
+        pa.field("model_id", pa.string(), nullable=False),
+    ],
+)
+"""`OUTPUT/_runs/<run_id>.plan-*.parquet`: a row for each image of a plan, slice by slice. `catdog.inference.plan.Slice`
+says what the columns mean; `position` is the place of the image in its slice."""
+
+INDEX_SCHEMA: Final = versioned(
+    "index",
+    1,
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("source_version", pa.string(), nullable=False),
+        pa.field("model_id", pa.string(), nullable=False),
+        pa.field("error_code", pa.string()),
+        pa.field("content", pa.string()),
+        pa.field("part", pa.string(), nullable=False),
+        pa.field("part_version", pa.string(), nullable=False),
+    ],
+)
+"""`OUTPUT/_index/*.parquet`: a row for each row of the part files, sorted by uri (`catdog.inference.plan.index`)."""
+
 TRIALS_SCHEMA: Final = versioned(
     "trials",
     1,
@@ -181,8 +213,13 @@ def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
         rows: a value, or None, for every field.
         schema: its types are strings, numbers, booleans, and microseconds in UTC.
     """
-    columns = [_column([row[field.name] for row in rows], field.type) for field in schema]
-    return pa.Table.from_arrays(columns, schema=schema)
+    return table_of_columns([[row[field.name] for row in rows] for field in schema], schema)
+
+
+def table_of_columns(columns: Sequence[list[Any]], schema: pa.Schema) -> pa.Table:
+    """As `table_of`, from a list of values, or None, for every field."""
+    arrays = [_column(values, field.type) for values, field in zip(columns, schema, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def _column(values: list[Any], data_type: pa.DataType) -> pa.Array:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import itertools
 import os
 import signal
 import socket
@@ -13,11 +12,10 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -26,7 +24,6 @@ import pyarrow.parquet as pq
 from catdog import bundle, drawings, storage
 from catdog.architectures import LOGITS_LAYER, build_model, exported
 from catdog.bundle import Arithmetic
-from catdog.inference.plan import SLICE_SIZE
 from catdog.inference.work import Job
 from catdog.schema import CLASS_NAMES
 
@@ -101,23 +98,6 @@ def photographs(directory: Path, num_photos: int) -> Path:
     (directory / "empty.jpg").write_bytes(b"")
     (directory / "gone.jpg").symlink_to("nowhere.jpg")
     (directory / "letter.jpg").write_text("Dear cat,")
-    return directory
-
-
-def directory_of_one_slice(parent: Path, names: Iterable[str], name: str = "images") -> Path:
-    """A new directory in which images of these names are one slice of a plan.
-
-    The plan also cuts after every uri with a certain hash, and the uris here differ from run to run.
-    """
-
-    def is_cut(directory: Path) -> bool:
-        query = f"SELECT count(*) FROM unnest($uris) AS t(uri) WHERE md5_number_lower(uri) % {SLICE_SIZE} = 0"
-        ((num_cuts,),) = duckdb.execute(query, {"uris": [str(directory / name) for name in listed]}).fetchall()
-        return bool(num_cuts)
-
-    listed = list(names)
-    directory = next(each for number in itertools.count() if not is_cut(each := parent / f"{name}{number or ''}"))
-    directory.mkdir(parents=True)
     return directory
 
 

@@ -13,7 +13,8 @@ from ray_case import joined_node, small_ray
 
 from catdog import cli
 from catdog.config import PredictConfig
-from catdog.inference import RunRecord, plan, predict
+from catdog.inference import RunRecord, predict
+from catdog.inference.plan import planner
 
 pytestmark = [
     pytest.mark.slow,
@@ -65,7 +66,7 @@ def test_a_node_that_only_says_that_it_has_a_gpu_is_an_error(
 
 def test_actors_go_where_gpus_are_and_one_to_each(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The node that joins has two GPUs. The first node has CPUs, and no GPU."""
-    monkeypatch.setattr(plan, "MAX_SLICE_SIZE", 50)
+    monkeypatch.setattr(planner, "SLICE_SIZE", 50)
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook" / "sitecustomize.py").write_text(PRETENDED)
     images = archive(tmp_path / "train.zip", NUM_MEMBERS)

@@ -108,7 +108,7 @@ def test_a_run_whose_claim_is_lost_writes_no_record(
     monkeypatch.setattr(inference.books.Ledger, "close", close_and_lose)
     with pytest.raises(ClaimLostError, match="was taken over"):
         predict(config_of(photos, output, model))
-    assert list(output.glob("_runs/*")) == []
+    assert list(output.glob("_runs/*.json")) == []
 
 
 # What a worker sees.

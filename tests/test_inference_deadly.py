@@ -32,9 +32,9 @@ def decode(data, *args, honest=catdog.images.decode):
 catdog.images.decode = decode
 
 if "CATDOG_TEST_SLICE" in os.environ:
-    from catdog.inference import plan
+    from catdog.inference.plan import planner
 
-    plan.MAX_SLICE_SIZE = int(os.environ["CATDOG_TEST_SLICE"])
+    planner.SLICE_SIZE = int(os.environ["CATDOG_TEST_SLICE"])
 """
 """What a Python process runs first that has it on its path: a decoder that some images crash."""
 
@@ -118,8 +118,7 @@ PROGRAM = [
     sys.executable,
     "-c",
     # A suite that a shell started in the background has its children ignore Ctrl-C.
-    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    "from catdog.cli import run; run()",
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom catdog.cli import run; run()",
     "predict",
 ]
 

@@ -19,7 +19,8 @@ from ray_case import can_hide, joined_node, small_ray
 from catdog import cli, drawings
 from catdog.config import PredictConfig, PrepareConfig
 from catdog.dataset import prepare
-from catdog.inference import plan, predict, verify
+from catdog.inference import predict, verify
+from catdog.inference.plan import planner
 from catdog.schema import CLASS_NAMES
 
 pytestmark = pytest.mark.slow
@@ -56,7 +57,7 @@ def test_a_node_that_joins_is_used_and_one_that_is_lost_loses_nothing(
     tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The first node's actor is stopped while the second node is there, so that what appears is the second one's."""
-    monkeypatch.setattr(plan, "MAX_SLICE_SIZE", 50)
+    monkeypatch.setattr(planner, "SLICE_SIZE", 50)
     images, output = archive(tmp_path / "train.zip", NUM_MEMBERS), tmp_path / "out"
     seen: dict[str, object] = {}
 

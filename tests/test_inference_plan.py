@@ -1,4 +1,4 @@
-"""The plan of a run: what is listed and not yet done, in slices that stay the same when a file is added."""
+"""The plan of a run: what is listed and not yet done, in slices of new images."""
 
 import tempfile
 from collections.abc import Callable, Collection
@@ -8,11 +8,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from inference_case import directory_of_one_slice
 
 from catdog import storage
 from catdog.errors import OutputRefusedError, UsageError
-from catdog.inference.plan import MAX_SLICE_SIZE, SLICE_SIZE, Slice, open_plan
+from catdog.inference.plan import SLICE_SIZE, Slice, open_plan
 from catdog.inference.publish import list_parts, publish_part
 from catdog.inference.verification import recount
 from catdog.schema import PREDICTIONS_SCHEMA
@@ -63,8 +62,9 @@ def rows_of(
 def slices_of(images: str, output: Path, *, model_id: str = MODEL, retry_errors: bool = False) -> list[Slice]:
     with open_plan([images], str(output), model_id, retry_errors=retry_errors) as plan:
         slices = list(plan.slices())
-        assert sum(len(piece.files) for piece in slices) == plan.counts.to_label
-        assert slices == list(plan.slices())
+        assert sum(len(piece.files) for piece in slices) == plan.counts.to_label == plan.num_begun
+        assert plan.num_slices == len(slices)
+        assert plan.is_listed
         return slices
 
 
@@ -74,9 +74,9 @@ def uris_of(slices: list[Slice]) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Eight images, and room for two more, that are one slice."""
-    names = [*(f"{number}.jpg" for number in range(8)), "9.jpg", "new.jpg"]
-    directory = directory_of_one_slice(tmp_path, names)
+    """Eight images."""
+    directory = tmp_path / "images"
+    directory.mkdir()
     for number in range(8):
         (directory / f"{number}.jpg").write_bytes(b"x" * number)
     return directory
@@ -86,20 +86,20 @@ def test_slices_cover_the_listing_once_in_order(tmp_path: Path) -> None:
     uris = [f"/nowhere/{number}.jpg" for number in range(6000)]
     slices = slices_of(manifest(tmp_path / "all.parquet", uris[::-1]), tmp_path / "out")
     assert uris_of(slices) == sorted(uris)
-    assert 6000 / MAX_SLICE_SIZE <= len(slices) <= 4 * 6000 / SLICE_SIZE
-    assert max(len(piece.files) for piece in slices) <= MAX_SLICE_SIZE
+    assert [len(piece.files) for piece in slices] == [SLICE_SIZE] * (6000 // SLICE_SIZE) + [6000 % SLICE_SIZE]
     assert len({piece.part for piece in slices}) == len(slices)
 
 
-def test_a_new_file_leaves_the_other_slices_as_they_are(tmp_path: Path) -> None:
-    uris = [f"/nowhere/{number}.jpg" for number in range(6000)]
-    before = {piece.part for piece in slices_of(manifest(tmp_path / "a.parquet", uris), tmp_path / "out")}
-    after = {
-        piece.part
-        for piece in slices_of(manifest(tmp_path / "b.parquet", [*uris, "/nowhere/1x.jpg"]), tmp_path / "out")
-    }
-    assert 1 <= len(before - after) <= 3  # more than one where a slice is as long as it may be
-    assert len(before & after) >= len(before) - 3 >= 5
+def test_few_new_images_among_many_make_few_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [SourceFile(f"/nowhere/{number:05}.jpg", "1", 1) for number in range(8000)]
+    output = tmp_path / "out"
+    monkeypatch.setattr(storage, "list_images", listing_of(*(each for at, each in enumerate(files) if at % 8)))
+    for piece in slices_of("/nowhere", output):
+        publish_part(str(output), piece.part, rows_of(piece.files))
+    monkeypatch.setattr(storage, "list_images", listing_of(*files))
+    slices = slices_of("/nowhere", output)
+    assert [len(piece.files) for piece in slices] == [SLICE_SIZE, 1000 - SLICE_SIZE]
+    assert uris_of(slices) == [file.uri for file in files[::8]]
 
 
 def test_members_of_one_archive_stay_together(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ from ray_case import small_ray
 from catdog import storage
 from catdog.config import PredictConfig
 from catdog.errors import StorageError
-from catdog.inference import handout, plan, predict, ray_job, verify
+from catdog.inference import handout, predict, ray_job, verify
 from catdog.inference.books import Books
-from catdog.inference.plan import Slice
+from catdog.inference.plan import Slice, planner
 from catdog.inference.publish import part_name
 from catdog.inference.work import SliceResult, Worker
 from catdog.storage import SourceFile
@@ -173,7 +173,7 @@ def test_an_actor_gets_what_the_nodes_have_and_one_model_serves(
 def test_a_worker_that_stands_still_is_not_waited_for(
     tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "MAX_SLICE_SIZE", 50)
+    monkeypatch.setattr(planner, "SLICE_SIZE", 50)
     monkeypatch.setattr(handout, "MIN_LATE_S", 1.0)
     images, output = archive(tmp_path / "train.zip", NUM_MEMBERS), tmp_path / "out"
     stopped: list[int] = []

@@ -29,7 +29,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import duckdb
 import fsspec
 import numpy as np
 import pyarrow.parquet as pq
@@ -40,7 +39,6 @@ from s3_server import S3Server
 
 from catdog import bundle, storage
 from catdog.dataset import check_shards
-from catdog.inference.plan import SLICE_SIZE
 from catdog.storage import outages
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]
@@ -68,6 +66,9 @@ PATIENCE_S: Final = 300.0 if FAULT_S >= 300 else 8.0
 
 SLICE: Final = 20
 """Images in a slice of `predict` here, so that parts are published all night."""
+
+SITECUSTOMIZE: Final = f"from catdog.inference.plan import planner; planner.SLICE_SIZE = {SLICE}"
+"""What a process of `predict` runs first."""
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]
 
@@ -102,6 +103,9 @@ class Starter:
         directory.mkdir()
         line = [sys.executable, "-m", f"jobs.{argv[0]}", *argv[1:], "--json"]
         variables = {name: value for name, value in os.environ.items() if name != outages.PATIENCE_VARIABLE}
+        if argv[0] == "predict":
+            Path(directory, "sitecustomize.py").write_text(SITECUSTOMIZE)
+            variables["PYTHONPATH"] = f"{directory}{os.pathsep}{variables.get('PYTHONPATH', '')}"
         with Path(directory, "stdout").open("wb") as out, Path(directory, "stderr").open("wb") as err:
             process = subprocess.Popen(line, cwd=REPOSITORY, env=variables | environment, stdout=out, stderr=err)
         self.jobs.append(Job(process, directory, time.monotonic()))
@@ -168,19 +172,13 @@ def sleep_at_work(job: Job, fault: Fault, seconds: float) -> None:
 
 
 def put_photos(bucket: str, num_photos: int) -> str:
-    """Write photographs `cat/...`, `dog/...`, of which every twentieth ends a slice of a plan of `predict`."""
-    numbers = range(100 * num_photos)
-    query = f"SELECT md5_number_lower(uri) % {SLICE_SIZE} = 0 FROM (SELECT unnest($uris) AS uri)"
-    names = [f"{('cat', 'dog')[number % 2]}/{number:07}.jpg" for number in numbers]
-    ends = [end for (end,) in duckdb.execute(query, {"uris": [f"{bucket}/photos/{n}" for n in names]}).fetchall()]
-    cuts = [name for name, is_end in zip(names, ends, strict=True) if is_end][: num_photos // SLICE]
-    others = [name for name, is_end in zip(names, ends, strict=True) if not is_end]
-    step = len(others) // (num_photos - len(cuts))
+    """Write photographs `cat/...`, `dog/...`."""
     rng = np.random.default_rng(0)
     filesystem = fsspec.filesystem("s3")
-    for name, _ in zip([*cuts, *others[::step]], range(num_photos), strict=False):
+    for number in range(num_photos):
         encoded = io.BytesIO()
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((64, 64)).save(encoded, "JPEG")
+        name = f"{('cat', 'dog')[number % 2]}/{number:07}.jpg"
         filesystem.pipe_file(f"{bucket}/photos/{name}", encoded.getvalue())
     return f"{bucket}/photos"
 

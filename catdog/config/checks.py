@@ -1,5 +1,7 @@
 """Rules that the configurations share. Each raises `UsageError`: first the rule, then what was received."""
 
+import re
+
 from catdog.errors import UsageError
 
 
@@ -46,6 +48,13 @@ def is_fraction(config: object, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         require(0 <= value <= 1, f"{flag(field)} must lie between 0 and 1", value)
+
+
+def is_time_of_day(config: object, field: str) -> None:
+    """The field is None, or a time such as 06:00."""
+    value = getattr(config, field)
+    is_time = value is None or re.fullmatch(r"([01]?\d|2[0-3]):[0-5]\d", value) is not None
+    require(is_time, f"{flag(field)} must be a time from 00:00 to 23:59", value)
 
 
 def are_urls(config: object, field: str) -> None:

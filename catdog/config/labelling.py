@@ -106,6 +106,13 @@ class PredictConfig:
     """Also label again the images that failed in earlier runs. Those that were not there, or were denied, are tried
     again in every run."""
 
+    deadline: str | None = None
+    """Time of day, such as 06:00 (of the clock and time zone of this machine), at which no further images are begun.
+    Those that were begun are published, and the next run does the rest. It is the next such time after the start."""
+
+    max_images: int | None = None
+    """Largest number of images to label in this run. The next run does the rest."""
+
     ray_address: str | None = None
     """Address of the Ray cluster to run on. The default is `RAY_ADDRESS`, else a Ray embedded on this machine."""
 
@@ -120,7 +127,8 @@ class PredictConfig:
         checks.are_urls(self, "images")
         checks.are_globs(self, "include", "exclude")
         checks.is_url(self, "output", "model")
-        checks.at_least(self, 1, "batch_size", "num_workers", "cpus_per_worker", "min_failures")
+        checks.at_least(self, 1, "batch_size", "num_workers", "cpus_per_worker", "min_failures", "max_images")
+        checks.is_time_of_day(self, "deadline")
         checks.is_fraction(self, "max_failed_fraction")
         is_hook = self.notify is None or self.notify.startswith(("http://", "https://"))
         checks.require(is_hook, "--notify must be a URL of http or https", "***")

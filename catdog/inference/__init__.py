@@ -1,38 +1,51 @@
 """Bulk prediction: labels what is new in a collection of images, and publishes Parquet predictions.
 
-The modules, in the order in which a run needs them: `sources` lists the images, `plan` finds what is new and cuts it
-into slices, `executors` hand the slices to workers, `work` labels them, `publish` writes their rows, and `books` checks
-that no image was lost. `verification` recounts what an output holds.
+The modules, in the order in which a run needs them: `sources` lists the images, `plan` finds what is new, cuts it into
+slices and publishes them, `executors` hand the slices to workers, `draining` says when to stop, `work` labels the
+slices, `publish` writes their rows, and `books` checks that no image was lost. `verification` recounts what an output
+holds.
 """
 
 import contextlib
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
+from typing import Literal
 
-from catdog import bundle, storage
+from catdog import bundle, failpoints, storage
 from catdog.config import PredictConfig
+from catdog.errors import ClaimLostError
 from catdog.inference import books, executors, morning
 from catdog.inference.aftermath import followed
 from catdog.inference.books import RunRecord
+from catdog.inference.compaction import paused
+from catdog.inference.draining import Drain
 from catdog.inference.plan import Plan, open_plan
-from catdog.inference.publish import list_parts
+from catdog.inference.publish import refuse_foreign
 from catdog.inference.sources import refuse_output_inside
 from catdog.inference.verification import Verification, recount, run_verify, verify
-from catdog.inference.work import Job
+from catdog.inference.work import Job, SliceResult
 from catdog.storage.manifests import Columns
 from catdog.storage.patterns import Chosen
 
 __all__ = ["PlanSummary", "RunRecord", "Verification", "plan_summary", "predict", "recount", "run_verify", "verify"]
+
+logger = logging.getLogger(__name__)
 
 
 @followed
 def predict(config: PredictConfig) -> RunRecord:
     """Label what is new in a collection. The run record is written last.
 
+    In the main thread, the first Ctrl-C or SIGTERM drains the run (`catdog.inference.draining`): it publishes what it
+    has begun, writes its record, and then the signal does what it would have done.
+
     Raises:
-        UsageError: there are no images, or the output cannot be used. Nothing was written.
+        UsageError: there are no images, or the output cannot be used. Nothing was written, if that was found before the
+            first images were listed (`sources.listed`).
         OutputClaimedError: another run is at work in the output. Nothing was written.
         BundleError: the model cannot be used. Nothing was written.
         ClaimLostError: another run took over the output.
@@ -44,10 +57,12 @@ def predict(config: PredictConfig) -> RunRecord:
     output = storage.absolute(config.output)
     model = bundle.load(config.model)
     refuse_output_inside(sources, output)
-    list_parts(output)
+    refuse_foreign(output)
+    drain = Drain(config.deadline)
+    run_id = books.new_run_id(started_at)
     with (
         storage.claimed(output, "predict") as claim,
-        _plan(config, sources, output, model.model_id) as plan,
+        _plan(config, sources, output, model.model_id, run_id=run_id, check=claim.check) as plan,
     ):
         planned = time.monotonic()
         job = Job(
@@ -56,22 +71,27 @@ def predict(config: PredictConfig) -> RunRecord:
             output=output,
             claim_url=claim.url,
             claim_owner=claim.owner,
-            roots=plan.listed.roots,
+            roots=plan.roots,
             own=plan.listed.own,
             columns=plan.columns,
             is_after_death=claim.is_after_death,
-            run_id=books.new_run_id(started_at),
+            run_id=run_id,
             batch_size=config.batch_size,
             engine=config.engine,
             use_gpu=config.use_gpu,
         )
         executor = executors.chosen(config.executor, config.ray_address)
-        ledger = books.Ledger(plan.counts, plan.listed.skipped)
-        if plan.counts.to_label:
-            results = executors.run(
-                executor, job, model, plan.slices(), config.num_workers, config.cpus_per_worker, config.ray_address
-            )
-            ledger.enter(results)
+        ledger = books.Ledger(plan)
+        try:
+            if plan.num_slices:
+                ledger.enter(_labelled(config, executor, job, model, plan, drain))
+            plan.stop()
+        except ClaimLostError:
+            raise  # whoever has the claim now has taken over the plan, too
+        except BaseException:
+            if executor == "inline":  # the workers were threads of this process, and are gone
+                plan.close()
+            raise
         done = time.monotonic()
         durations_s = {"plan": planned - started, "label": done - planned, "total": done - started}
         nights = morning.earlier_nights(output, job.model_id)
@@ -85,14 +105,43 @@ def predict(config: PredictConfig) -> RunRecord:
             earlier=nights,
         )
         claim.check()
-        storage.publish_json(storage.join(output, books.RUNS_NAME, f"{job.run_id}.json"), record.to_dict())
+        with failpoints.step("record"):
+            storage.publish_json(storage.join(output, books.RUNS_NAME, f"{job.run_id}.json"), record.to_dict())
+        plan.close()
         morning.publish_metrics(output, record)
         morning.publish_report(config, output, record, ledger.findings, nights)
+    if not record.complete:
+        logger.warning("%s", record.what_remains())
+    drain.pass_on()
     return record
 
 
+def _labelled(
+    config: PredictConfig,
+    executor: Literal["inline", "ray"],
+    job: Job,
+    model: bundle.Bundle,
+    plan: Plan,
+    drain: Drain,
+) -> Generator[SliceResult]:
+    """Label the slices of a plan. Yields the result of each."""
+    results = executors.run(
+        executor, job, model, plan, drain, config.num_workers, config.cpus_per_worker, config.ray_address
+    )
+    with contextlib.closing(results):
+        for result in results:
+            plan.note_same(result.same)
+            yield result
+
+
 def _plan(
-    config: PredictConfig, sources: Sequence[str], output: str, model_id: str
+    config: PredictConfig,
+    sources: Sequence[str],
+    output: str,
+    model_id: str,
+    *,
+    run_id: str | None = None,
+    check: Callable[[], object] = bool,
 ) -> contextlib.AbstractContextManager[Plan]:
     return open_plan(
         sources,
@@ -102,6 +151,10 @@ def _plan(
         chosen=Chosen(include=config.include, exclude=config.exclude),
         columns=Columns(uri=config.uri_column),
         allow_empty=config.allow_empty,
+        run_id=run_id,
+        max_images=config.max_images,
+        check=check,
+        settled=contextlib.nullcontext if run_id is None else partial(paused, output),
     )
 
 
@@ -132,12 +185,13 @@ def plan_summary(config: PredictConfig) -> PlanSummary:
     sources = [storage.absolute(url, keep_slash=True) for url in config.sources]
     output = storage.absolute(config.output)
     with _plan(config, sources, output, model_id) as plan:
+        plan.wait()
         num_skipped = sum(plan.listed.skipped.values())
         counts = asdict(plan.counts)
         return PlanSummary(
             **counts | {"listed": counts["listed"] + num_skipped},
             skipped=num_skipped,
-            num_slices=sum(1 for _ in plan.slices()),
+            num_slices=plan.num_slices,
             executor=executors.chosen(config.executor, config.ray_address),
             model_id=model_id,
         )

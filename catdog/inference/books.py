@@ -15,15 +15,15 @@ from catdog.config import PredictConfig
 from catdog.errors import BooksError, StorageError
 from catdog.inference import drift, findings
 from catdog.inference.findings import CONFIDENCE_EDGES
-from catdog.inference.plan import PASSING_CODES, Counts
+from catdog.inference.plan import PASSING_CODES, Plan
 from catdog.inference.progress import Progress
+from catdog.inference.publish import RUNS_NAME
 from catdog.inference.work import Job, SliceResult
 from catdog.metrics import Estimate
 
 logger = logging.getLogger(__name__)
 
-RUNS_NAME: Final = "_runs"
-"""Name of the directory of the run records in an output."""
+__all__ = ["RUNS_NAME", "Books", "Ledger", "RunRecord", "new_run_id"]
 
 DENIED_IMAGES: Final = 256
 """If a run cannot get at any of so many images, which are its first, it stops: their storage is closed to it."""
@@ -48,11 +48,16 @@ class Books:
     skipped: int = 0
     """Things that the listing passed over: files that are no images, a directory that may not be read, ..."""
 
+    remaining: int = 0
+    """Images that were listed and not labelled, because the run was drained, or had labelled `--max-images`."""
+
     def check(self, whose: str = "") -> None:
         """Raise `BooksError` unless the books balance. The message begins with `whose`."""
-        if self.listed != self.ok + self.error + self.already_done + self.duplicate + self.skipped:
+        parts = (self.ok, self.error, self.already_done, self.duplicate, self.skipped, self.remaining)
+        if self.listed != sum(parts) or min(parts) < 0:
             raise BooksError(
-                f"{whose}listed must be ok + error + already_done + duplicate + skipped. Received: {asdict(self)}"
+                f"{whose}listed must be ok + error + already_done + duplicate + skipped, and in a run that was stopped "
+                f"+ remaining. Received: {asdict(self)}"
             )
 
     @property
@@ -64,6 +69,7 @@ class Books:
         return (
             f"{self.listed:,} listed = {self.ok:,} ok + {self.error:,} error "
             f"+ {self.already_done:,} already done + {self.duplicate:,} duplicate + {self.skipped:,} skipped"
+            + (f" + {self.remaining:,} remaining" if self.remaining else "")
         )
 
 
@@ -139,14 +145,24 @@ class RunRecord(records.Record):
 
     checksum: str | None = None
     """Of all labels of this run (`Findings.checksum`), in hex. `catdog verify` computes it anew."""
+    is_listed: bool = True
+    """Whether the listing came to its end."""
+
+    complete: bool = True
+    """Whether the listing came to its end, and nothing that it listed remains."""
+
+    plans: list[str] = field(default_factory=list)
+    """The runs that died, and whose plans this run took over."""
 
     def summary(self) -> list[str]:
         """The numbers of labels and errors, and the books."""
         if self.books.labelled:
             took = records.rate(self.durations_s["total"], self.images_per_s)
             head = f"Labelled {self.books.labelled:,} images in {took} ({self.executor})."
-        elif self.books.already_done:
+        elif self.books.already_done and self.complete:
             head = "Nothing to label: everything listed is labelled already."
+        elif not self.complete:
+            head = "Stopped before anything was labelled."
         else:
             head = "Nothing to label: no image was found."
         return [
@@ -156,8 +172,14 @@ class RunRecord(records.Record):
             *([f"  errors   {records.counted(self.errors)}"] if self.errors else []),
             *([f"  skipped  {records.counted(self.skipped)}"] if self.skipped else []),
             f"  books    {self.books}",
+            *([] if self.complete else [f"  stopped  {self.what_remains()}"]),
             f"Predictions: {self.output} (run {self.run_id})",
         ]
+
+    def what_remains(self) -> str:
+        """What a run has left that is not complete."""
+        least = "" if self.is_listed else "at least "
+        return f"{least}{self.books.remaining:,} listed images are not labelled yet: the same command does the rest"
 
     failure_exit_code: ClassVar[int] = 3
 
@@ -187,11 +209,11 @@ def _is_exceeded(books: Books, config: PredictConfig) -> bool:
 class Ledger:
     """Adds up the results of a run's slices, and closes its books."""
 
-    def __init__(self, counts: Counts, skipped: dict[str, int]) -> None:
-        """Open the books of a run whose plan has these counts, and whose listing skipped so many; log the counts."""
-        self._counts = counts
-        self._skipped = skipped
-        self._already_done = counts.already_done
+    def __init__(self, plan: Plan) -> None:
+        """Open the books of a run with this plan, which may still grow."""
+        self._plan = plan
+        self._has_logged_plan = False
+        self._already_done = 0
         self.parts: list[str] = []
         self.labels: Counter[str] = Counter(cat=0, dog=0)
         self.errors: Counter[str] = Counter()
@@ -201,10 +223,17 @@ class Ledger:
         self.engines: Counter[str] = Counter()
         self.findings = findings.nothing()
         self.replaced: Counter[str] = Counter()
-        logger.info(
-            "Listed %d images: %d to label, %d already done, %d duplicates; %d things skipped",
-            *(counts.listed, counts.to_label, counts.already_done, counts.duplicate, sum(skipped.values())),
-        )
+        self._log_plan()
+
+    def _log_plan(self) -> None:
+        """Log the numbers of the plan once, when the listing has ended."""
+        if self._plan.is_listed and not self._has_logged_plan:
+            self._has_logged_plan = True
+            counts, num_skipped = self._plan.counts, sum(self._plan.listed.skipped.values())
+            logger.info(
+                "Listed %d images: %d to label, %d already done, %d duplicates; %d things skipped",
+                *(counts.listed, counts.to_label, counts.already_done, counts.duplicate, num_skipped),
+            )
 
     def enter(self, results: Generator[SliceResult]) -> None:
         """Add the results of slices as they come, and show how far the run is."""
@@ -214,6 +243,7 @@ class Ledger:
                 num_errors = sum(result.errors.values())
                 progress.add(sum(result.labels.values()) + num_errors + result.already_done, num_errors)
                 self._refuse_closed_storage(result)
+                self._log_plan()
 
     def stages(self) -> str:
         """How long each stage takes, over all threads."""
@@ -225,7 +255,7 @@ class Ledger:
 
     def total(self) -> tuple[int | None, bool]:
         """How many images there are to try, as far as that is known, and whether that is all."""
-        return self._counts.to_label, True
+        return self._plan.counts.to_label, self._plan.is_listed
 
     def _refuse_closed_storage(self, result: SliceResult) -> None:
         """Raise `StorageError` if the run has got at none of the images that it tried first."""
@@ -276,14 +306,16 @@ class Ledger:
         Raises:
             BooksError: the books do not balance, or a slice was labelled twice.
         """
-        num_skipped = sum(self._skipped.values())
+        counts, skipped = self._plan.counts, self._plan.listed.skipped
+        num_skipped = sum(skipped.values())
         books = Books(
-            listed=self._counts.listed + num_skipped,
+            listed=counts.listed + num_skipped,
             ok=self.labels.total(),
             error=self.errors.total(),
-            already_done=self._already_done,
-            duplicate=self._counts.duplicate,
+            already_done=counts.already_done + self._already_done,
+            duplicate=counts.duplicate,
             skipped=num_skipped,
+            remaining=counts.to_label - self._plan.num_begun,
         )
         books.check()
         if len(set(self.parts)) != len(self.parts):
@@ -300,7 +332,7 @@ class Ledger:
             errors=dict(sorted(self.errors.items())),
             failed_fraction=failed_fraction,
             failed_fraction_exceeded=_is_exceeded(books, config),
-            skipped=self._skipped,
+            skipped=skipped,
             parts=sorted(self.parts),
             num_bytes=self.num_bytes,
             engines=dict(self.engines),
@@ -317,6 +349,9 @@ class Ledger:
             expected_accuracy=self.expected_accuracy(calibration_error),
             replaced={run: count for run, count in sorted(self.replaced.items()) if count},
             checksum=f"{self.findings['checksum']:016x}",
+            is_listed=self._plan.is_listed,
+            complete=self._plan.is_listed and not books.remaining,
+            plans=self._plan.taken_from,
         )
         found = drift.compare(drift.night_of(record.to_dict()), earlier)
         return replace(record, drift=[shift.text for shift in found.drifted])

@@ -4,14 +4,15 @@ Both run the same `Worker` over the same slices, and the rows of a slice do not 
 """
 
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from typing import Final, Literal
 
 from catdog import ray_session
 from catdog.bundle import Bundle
 from catdog.config import Executor
 from catdog.errors import CatdogError
-from catdog.inference.plan import Slice
+from catdog.inference.draining import Drain
+from catdog.inference.plan import Plan
 from catdog.inference.work import MAX_UNDER_WAY, Job, SliceResult, Worker
 
 _MAX_WAIT_S: Final = 20.0
@@ -33,7 +34,8 @@ def run(
     executor: Literal["inline", "ray"],
     job: Job,
     model: Bundle,
-    slices: Iterable[Slice],
+    plan: Plan,
+    drain: Drain,
     num_workers: int | None,
     cpus_per_worker: int | None,
     ray_address: str | None,
@@ -45,7 +47,8 @@ def run(
             label whole slices.
         job: what to label with, and where to publish.
         model: the job's bundle, which this process has verified. Actors load it for themselves.
-        slices: the slices of the plan.
+        plan: whose slices are labelled.
+        drain: says when no further slice is begun. Signals drain the run as soon as it labels.
         num_workers: number of decoding threads (`inline`) or largest number of actors (`ray`); None for one per core of
             this machine, or as many as the cluster has room for at the time.
         cpus_per_worker: number of CPUs of an actor, and of its decoding threads; None for as many as the nodes have,
@@ -56,7 +59,8 @@ def run(
         CatdogError: a worker raised it, or actors died too often, or the cluster has no CPU.
     """
     if executor == "inline":
-        with Worker(job, num_workers, model) as worker:
+        with Worker(job, num_workers, model) as worker, drain.on_signals():
+            slices = plan.slices(drain.is_over)
             for result in worker.run(slices, num_suspects=MAX_UNDER_WAY if job.is_after_death else 0):
                 if result.is_published:
                     after_publishing()
@@ -67,7 +71,17 @@ def run(
 
         _wait_for_cpus(cpus_per_worker or 1)
         num_cpus = cpus_per_worker or ray_job.chosen_cpus(use_gpu=job.use_gpu)
-        yield from ray_job.run(job, slices, num_workers, num_cpus)
+        with drain.on_signals():  # Ray has handlers of its own, which it sets when it is joined
+            slices = plan.slices(drain.is_over)
+            yield from ray_job.run(
+                job,
+                slices,
+                num_workers,
+                num_cpus,
+                num_slices=plan.num_slices if plan.is_listed else None,
+                is_over=drain.is_over,
+                take_back=plan.take_back,
+            )
 
 
 def _wait_for_cpus(num_cpus: int) -> None:

@@ -5,9 +5,10 @@ data.
 """
 
 import concurrent.futures
+import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -20,8 +21,14 @@ from catdog import provenance, schema, storage
 from catdog.errors import OutputRefusedError, StorageError
 from catdog.schema import PREDICTIONS_SCHEMA
 
-KEY_COLUMNS: Final = ("uri", "source_version", "model_id", "status", "error_code")
-"""The columns that tell what an output holds. The first three identify a row."""
+RUNS_NAME: Final = "_runs"
+"""Name of the directory of the run records, and of open plans, in an output."""
+
+LARGE_BYTES: Final = 4 * 2**20
+"""Of a larger part file, only those pieces are read that hold the columns that are wanted."""
+
+_SPILLED_ROWS: Final = 65_536
+"""Rows in a row group of what `spill_keys` writes."""
 
 _READERS: Final = 16
 """Number of part files that are read at the same time."""
@@ -76,8 +83,28 @@ def publish_part(
     return num_dropped
 
 
+def create_part(
+    output: str, part: str, rows: pa.Table, *, columns: Sequence[str] = tuple(PREDICTIONS_SCHEMA.names)
+) -> bool:
+    """Publish rows as a new part file. Whether it was written.
+
+    It is not if there is one of this name: another worker has done the same slice, or this one has, and the answer of
+    the store was lost (`storage.create_bytes`). Arguments and errors as for `publish_part`.
+    """
+    return storage.create_parquet(storage.join(output, part), schema.conformed(rows, schema.predictions_with(columns)))
+
+
 def _keys(rows: pa.Table) -> Iterator[tuple[str, str]]:
     return zip(rows["uri"].to_pylist(), rows["source_version"].to_pylist(), strict=True)
+
+
+def refuse_foreign(output: str) -> None:
+    """Raise `OutputRefusedError` if the output is a file, or holds something that predict did not write.
+
+    An output that has run records is looked through by the plan.
+    """
+    if not storage.exists(storage.join(output, RUNS_NAME)):
+        list_parts(output)
 
 
 def list_parts(output: str) -> list[str]:
@@ -86,14 +113,20 @@ def list_parts(output: str) -> list[str]:
     Raises:
         OutputRefusedError: the output is a file, or holds something that predict did not write.
     """
-    storage.refuse_foreign_output(output, ["part-*.parquet", "_*"])
-    names = [name for name in storage.list_names(output) if not name.startswith("_")]
-    for name in names:
+    return checked_parts(output, storage.list_names(output))
+
+
+def checked_parts(output: str, names: Sequence[str]) -> list[str]:
+    """Those of the names in an output that are part files. Errors as `list_parts`."""
+    if not any(map(is_part, names)):
+        storage.refuse_foreign_output(output, ["_*"])
+    parts = [name for name in names if not name.startswith("_")]
+    for name in parts:
         if not is_part(name):
             raise OutputRefusedError(
                 f"--output must hold predictions or nothing. Received: {provenance.redact(output)}, which holds {name}"
             )
-    return names
+    return parts
 
 
 def columns_of(output: str, parts: Sequence[str]) -> tuple[str, ...]:
@@ -108,8 +141,8 @@ def columns_of(output: str, parts: Sequence[str]) -> tuple[str, ...]:
     """
     if not parts:
         return tuple(PREDICTIONS_SCHEMA.names)
-    found = _read_file(output, parts[0]).schema_arrow
-    return tuple(name for name in PREDICTIONS_SCHEMA.names if name in found.names)
+    with _opened(output, parts[0]) as file:
+        return tuple(name for name in PREDICTIONS_SCHEMA.names if name in file.schema_arrow.names)
 
 
 def read_parts(
@@ -117,6 +150,7 @@ def read_parts(
     parts: Iterable[str],
     columns: Sequence[str] | None = None,
     *,
+    large: Collection[str] = (),
     on_error: Callable[[OutputRefusedError], object] | None = None,
 ) -> Iterator[tuple[str, pa.Table]]:
     """Read part files, some of them ahead. Yields (name, rows) of each, in order.
@@ -125,6 +159,7 @@ def read_parts(
         output: directory of the part files.
         parts: names of the files.
         columns: names of the columns to read; None for all.
+        large: names of files of which only those pieces are fetched that hold these columns.
         on_error: is told of each file that is not a part file of `predict`, which is then left out.
 
     Raises:
@@ -134,7 +169,7 @@ def read_parts(
 
     def read(part: str) -> tuple[str, pa.Table | OutputRefusedError]:
         try:
-            return _read_part(output, part, columns)
+            return _read_part(output, part, columns, in_pieces=part in large)
         except OutputRefusedError as error:
             return part, error
 
@@ -157,38 +192,44 @@ def read_whole_part(output: str, part: str) -> pa.Table:
         OutputRefusedError: the file is not a part file of `predict`.
         StorageError: the storage failed.
     """
-    file = _read_file(output, part)
-    try:
-        return file.read()
-    except (ValueError, OSError) as error:
-        raise _refusal(storage.join(output, part), error) from error
+    with _opened(output, part, in_pieces=False) as file:
+        try:
+            return file.read()
+        except (ValueError, OSError) as error:
+            raise _refusal(storage.join(output, part), error) from error
 
 
-def _read_part(output: str, part: str, columns: Sequence[str] | None) -> tuple[str, pa.Table]:
+def _read_part(
+    output: str, part: str, columns: Sequence[str] | None, *, in_pieces: bool = False
+) -> tuple[str, pa.Table]:
     wanted = PREDICTIONS_SCHEMA if columns is None else pa.schema(map(PREDICTIONS_SCHEMA.field, columns))
-    file = _read_file(output, part)
-    there = [name for name in wanted.names if name in file.schema_arrow.names]
-    try:
-        return part, schema.conformed(file.read(columns=there), wanted)
-    except (ValueError, OSError) as error:
-        raise _refusal(storage.join(output, part), error) from error
+    with _opened(output, part, in_pieces=in_pieces) as file:
+        there = [name for name in wanted.names if name in file.schema_arrow.names]
+        try:
+            return part, schema.conformed(file.read(columns=there), wanted)
+        except (ValueError, OSError) as error:
+            raise _refusal(storage.join(output, part), error) from error
 
 
-def _read_file(output: str, part: str) -> pq.ParquetFile:
+@contextlib.contextmanager
+def _opened(output: str, part: str, *, in_pieces: bool = True) -> Iterator[pq.ParquetFile]:
     """A part file, whose schema is checked."""
     url = storage.join(output, part)
-    try:
-        data = storage.read_bytes(url)
-    except FileNotFoundError:
-        raise StorageError(
-            f"a part file must not be deleted while it is read. Received: {provenance.redact(url)} is missing"
-        ) from None
-    try:
-        file = pq.ParquetFile(pa.BufferReader(data))
-        schema.check(file.schema_arrow, PREDICTIONS_SCHEMA)
-    except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
-        raise _refusal(url, error) from error
-    return file
+    with contextlib.ExitStack() as stack:
+        try:
+            source = (
+                stack.enter_context(storage.open_read(url)) if in_pieces else pa.BufferReader(storage.read_bytes(url))
+            )
+        except FileNotFoundError:
+            raise StorageError(
+                f"a part file must not be deleted while it is read. Received: {provenance.redact(url)} is missing"
+            ) from None
+        try:
+            file = pq.ParquetFile(source)
+            schema.check(file.schema_arrow, PREDICTIONS_SCHEMA)
+        except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
+            raise _refusal(url, error) from error
+        yield file
 
 
 def _refusal(url: str, error: Exception) -> OutputRefusedError:
@@ -207,18 +248,31 @@ def rows_of_run(output: str, part: str, run_id: str) -> pa.Table | None:
     """
     if not storage.exists(storage.join(output, part)):
         return None
-    _, rows = _read_part(output, part, None)
-    own = rows.filter(pc.equal(rows["run_id"], run_id))
+    own, _ = split_rows(output, part, run_id)
     return own if len(own) else None
 
 
-def spill_keys(path: Path, parts: Iterable[tuple[str, pa.Table]], columns: Sequence[str] = KEY_COLUMNS) -> None:
+def split_rows(output: str, part: str, run_id: str) -> tuple[pa.Table, pa.Table]:
+    """The rows of a part file that a run has written, and those of other runs. Errors as `rows_of_run`."""
+    _, rows = _read_part(output, part, None)
+    is_own = pc.equal(rows["run_id"], run_id)
+    return rows.filter(is_own), rows.filter(pc.invert(is_own))
+
+
+def spill_keys(path: Path, parts: Iterable[tuple[str, pa.Table]], columns: Sequence[str]) -> None:
     """Write columns of part files, and the names of the files as a column `part`, to one local Parquet file."""
     fields = [PREDICTIONS_SCHEMA.field(name).with_nullable(True) for name in columns]
     spilled_schema = pa.schema([*fields, pa.field("part", pa.string())])
+    waiting: list[pa.Table] = []
     with pq.ParquetWriter(path, spilled_schema) as writer:
         for part, rows in parts:
             # The column is built from buffers, because pa.array imports pandas, which takes half a second.
             ends = np.arange(len(rows) + 1, dtype=np.int32) * len(part)
             names = pa.StringArray.from_buffers(len(rows), pa.py_buffer(ends), pa.py_buffer(part.encode() * len(rows)))
-            writer.write_table(pa.Table.from_arrays([*rows.select(columns).columns, names], schema=spilled_schema))
+            table = pa.Table.from_arrays([*rows.select(columns).columns, names], schema=spilled_schema)
+            waiting.append(table)
+            if sum(map(len, waiting)) >= _SPILLED_ROWS:
+                writer.write_table(pa.concat_tables(waiting).combine_chunks())
+                waiting.clear()
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting).combine_chunks())

@@ -11,7 +11,6 @@ When the plan is at its end, and actors are idle, they are given the slices that
 
 import asyncio
 import contextlib
-import itertools
 import json
 import logging
 import math
@@ -19,7 +18,7 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, Final
@@ -35,6 +34,7 @@ from catdog.errors import CatdogError
 from catdog.inference.handout import Handout
 from catdog.inference.plan import Slice
 from catdog.inference.ray_figures import Figures
+from catdog.inference.sources import Root
 from catdog.inference.work import Job, SliceResult, Worker
 from catdog.storage import SourceFile
 
@@ -67,11 +67,23 @@ _REFILL: Final = 0.75
 _NUM_AT_ONCE: Final = 16
 """Largest number of slices that come to the desk at once."""
 
+_NOT_DONE: Final = "not done"
+"""In the place of the name of an error: the run was over before an actor began the slice."""
+
 _CHECK_S: Final = 0.5
 """How often the driver asks what was begun, and looks for late slices once all are given out."""
 
 
-def run(job: Job, slices: Iterable[Slice], num_workers: int | None, num_cpus: int) -> Generator[SliceResult]:
+def run(
+    job: Job,
+    slices: Iterable[Slice],
+    num_workers: int | None,
+    num_cpus: int,
+    *,
+    num_slices: int | None = None,
+    is_over: Callable[[], bool] = bool,
+    take_back: Callable[[int], object] = bool,
+) -> Generator[SliceResult]:
     """Label and publish slices on the Ray that this process has joined. Yields the result of each as it is done.
 
     Args:
@@ -79,23 +91,23 @@ def run(job: Job, slices: Iterable[Slice], num_workers: int | None, num_cpus: in
         slices: the slices of the plan. A thread takes them.
         num_workers: largest number of actors; None for as many as the cluster has room for at the time.
         num_cpus: number of CPUs of an actor, and of its decoding threads.
+        num_slices: number of the slices, if it is known. More actors than that are not started.
+        is_over: whether no further slice is to be begun (`draining`). Slices that wait for an actor are not done then.
+        take_back: is told the number of images of each slice that was not done.
 
     Raises:
         CatdogError: a worker raised it, or actors died too often.
     """
-    remaining, room = iter(slices), _room(num_cpus)
-    first = list(itertools.islice(remaining, room))
-    if not first:
-        return
-    most_actors = min(num_workers or math.inf, len(first) if len(first) < room else math.inf)
+    most_actors = min(num_workers or math.inf, num_slices or math.inf)
     handout = Handout()
     desk = _start_desk()
-    feeder = _Feeder(itertools.chain(first, remaining), handout, desk, num_cpus)
+    feeder = _Feeder(slices, handout, desk, num_cpus, is_over)
     feeder.start()
     try:
         rows = _dataset(job, desk, most_actors, num_cpus)
         # With batches fetched ahead, a result would wait for the next one.
-        yield from _results(rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0), handout)
+        batches = rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        yield from _results(batches, handout, take_back)
     except ray.exceptions.RayActorError as error:
         reason = str(error).strip().splitlines()[-1][:400]
         raise CatdogError(f"An actor must not die more than {_MAX_RESTARTS} times. Received: {reason}") from error
@@ -107,15 +119,18 @@ def run(job: Job, slices: Iterable[Slice], num_workers: int | None, num_cpus: in
         raise feeder.failure
 
 
-def _results(batches: Any, handout: Handout) -> Iterator[SliceResult]:
+def _results(batches: Any, handout: Handout, take_back: Callable[[int], object]) -> Iterator[SliceResult]:
     """The first result of every slice. To close the batches kills the actors that still have something to do."""
     with contextlib.closing(iter(batches)) as remaining:
         for batch in remaining:
             for row in batch.to_pylist():
                 if handout.finish(row["number"], row["worker"], row["took_s"], time.monotonic()):
-                    if row["kind"] != SliceResult.__name__:
+                    if row["kind"] == _NOT_DONE:
+                        take_back(int(row["text"]))
+                    elif row["kind"] == SliceResult.__name__:
+                        yield SliceResult(**json.loads(row["text"]))
+                    else:
                         raise getattr(errors, row["kind"])(row["text"])
-                    yield SliceResult(**json.loads(row["text"]))
             if handout.has_only_doubles():
                 return
 
@@ -175,6 +190,8 @@ def _start_desk() -> Any:
             self._slices: list[dict[str, Any] | None] = []
             self._has_slices = asyncio.Event()
             self._begun: list[tuple[int, str, float]] = []
+            self._ever_begun: set[int] = set()
+            self._is_closed = False
 
         async def put(self, slices: Sequence[dict[str, Any] | None]) -> None:
             """Lay down slices; None is the end."""
@@ -188,9 +205,17 @@ def _start_desk() -> Any:
             self._has_slices.clear()
             return taken
 
-        async def begin(self, number: int, worker: str) -> None:
-            """Note that a worker begins a slice."""
+        async def begin(self, number: int, worker: str) -> bool:
+            """Note that a worker begins a slice. Whether it may. What one worker has begun, another may do, too."""
+            if self._is_closed and number not in self._ever_begun:
+                return False
+            self._ever_begun.add(number)
             self._begun.append((number, worker, time.monotonic()))
+            return True
+
+        async def close(self) -> None:
+            """Let no worker begin a slice that none has begun yet."""
+            self._is_closed = True
 
         async def begun(self) -> Sequence[tuple[int, str, float]]:
             """(number, worker, time) of what was begun since the last call. The driver has the same clock."""
@@ -203,8 +228,12 @@ def _start_desk() -> Any:
 class _Feeder(threading.Thread):
     """Lays the slices on the desk, then those that are late once more, and at last the end."""
 
-    def __init__(self, slices: Iterable[Slice], handout: Handout, desk: Any, num_cpus: int) -> None:
+    def __init__(
+        self, slices: Iterable[Slice], handout: Handout, desk: Any, num_cpus: int, is_over: Callable[[], bool]
+    ) -> None:
         super().__init__(name="catdog-feeder", daemon=True)
+        self._is_over = is_over
+        self._is_closed = False
         self._slices = slices
         self._handout = handout
         self._desk = desk
@@ -216,7 +245,8 @@ class _Feeder(threading.Thread):
             self._give_all()
             while not self._handout.wait(_CHECK_S):
                 self._note_begun()
-                self._put(self._doubles())
+                if not self._closes():
+                    self._put(self._doubles())
             self._put([None])
         except Exception as error:  # of the plan, or of the desk: the driver raises it
             self.failure = error
@@ -233,6 +263,7 @@ class _Feeder(threading.Thread):
             if not self._handout.is_below(room):
                 while not self._handout.is_below(_REFILL * room, _CHECK_S):
                     self._note_begun()
+                    self._closes()
                 room = _room(self._num_cpus)
             if self._handout.is_stopped:
                 return
@@ -247,6 +278,13 @@ class _Feeder(threading.Thread):
         for number, _ in late:
             logger.warning("Slice %d of the plan takes long: another actor does it, too", number)
         return [{"number": number, "slice": packed, "is_double": True} for number, packed in late]
+
+    def _closes(self) -> bool:
+        """Whether the run is over. The desk is told."""
+        if not self._is_closed and self._is_over():
+            self._is_closed = True
+            ray.get(self._desk.close.remote())
+        return self._is_closed
 
     def _put(self, rows: Sequence[dict[str, Any] | None]) -> None:
         if rows:
@@ -305,16 +343,23 @@ class _SliceLabeller:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
             worker = self._loading.result()
-            self._desk.begin.remote(row["number"], self._id)
+            piece = _unpack(row["slice"])
+            if not self._may_begin(row["number"]):
+                return done_row(row["number"], self._id, 0.0, _NOT_DONE, str(len(piece.files)))
             begun = time.monotonic()
             num_suspects = max(self._num_suspects, int(row["is_double"]))
-            (result,) = worker.run([_unpack(row["slice"])], num_suspects=num_suspects)
+            (result,) = worker.run([piece], num_suspects=num_suspects)
             self._figures.add(result)
             self._num_suspects = _MAX_IN_FLIGHT if result.errors.get("decoder_died") else max(0, self._num_suspects - 1)
         except CatdogError as error:
             return done_row(row["number"], self._id, 0.0, type(error).__name__, str(error))
         took_s = time.monotonic() - begun
         return done_row(row["number"], self._id, took_s, SliceResult.__name__, json.dumps(asdict(result)))
+
+    def _may_begin(self, number: int) -> bool:
+        with contextlib.suppress(ray.exceptions.RayError):  # the desk is gone with the driver
+            return bool(ray.get(self._desk.begin.remote(number, self._id)))
+        return True
 
 
 def done_row(number: int, worker: str, took_s: float, kind: str, text: str) -> dict[str, Any]:
@@ -324,8 +369,8 @@ def done_row(number: int, worker: str, took_s: float, kind: str, text: str) -> d
         number: number of the slice.
         worker: the actor.
         took_s: how long the actor had it.
-        kind: `SliceResult`, or the name of an error.
-        text: the result as JSON, or the text of the error.
+        kind: `SliceResult`, the name of an error, or `_NOT_DONE`.
+        text: the result as JSON, the text of the error, or the number of images.
     """
     return {"number": number, "worker": worker, "took_s": took_s, "kind": kind, "text": text}
 
@@ -338,7 +383,8 @@ def _pack(piece: Slice) -> bytes:
 def _unpack(packed: bytes) -> Slice:
     """The slice that `_pack` packed."""
     fields = json.loads(zlib.decompress(packed))
-    return Slice(**fields | {"files": [SourceFile(**file) for file in fields["files"]]})
+    roots = tuple(Root(path=root["path"], witnesses=tuple(root["witnesses"])) for root in fields["roots"])
+    return Slice(**fields | {"files": [SourceFile(**file) for file in fields["files"]], "roots": roots})
 
 
 def fitting_cpus(nodes: Sequence[tuple[int, int]], *, use_gpu: bool) -> int:

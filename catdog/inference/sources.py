@@ -1,20 +1,23 @@
-"""The sources of a run, which `--images` names: listing them into a file, and the places that every worker must see."""
+"""The sources of a run, which `--images` names: listing them, and the places that every worker must see."""
 
-import gzip
-import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from typing import Final
 
 from catdog import storage
 from catdog.errors import UsageError
 from catdog.provenance import redact
+from catdog.storage import SourceFile
 from catdog.storage.manifests import Columns
 from catdog.storage.names import archive_scheme
 from catdog.storage.patterns import Chosen
 from catdog.storage.urls import is_local, local_path, outermost, split_member
+
+_LOOKED_AT: Final = 32
+"""So many sources are looked at before the first file is listed, so that a mistake is found before anything is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,18 +50,27 @@ class Root:
         return is_local(place) and (local_path(place) + "/").startswith(self.path.rstrip("/") + "/")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Listed:
-    """What the listing of a run's sources says, besides the images."""
+class Collection:
+    """The images to label, one after the other, and what their listing says besides, as far as it has come."""
 
-    roots: tuple[Root, ...]
-    """The local places of the images."""
+    def __init__(self, files: Iterable[SourceFile], *, own: Iterable[str] = ("",)) -> None:
+        """A collection of these files, as a benchmark invents them. `listed` makes one of sources."""
+        self._files = files
+        self.own = tuple(sorted(own))
+        """The storages of the sources and of the output (`storage.storage_of`). Another one may fail: that is rows."""
 
-    own: tuple[str, ...]
-    """The storages of the sources and of the output (`storage.storage_of`). Another storage may fail: that is rows."""
+    def __iter__(self) -> Iterator[SourceFile]:
+        return iter(self._files)
 
-    skipped: dict[str, int]
-    """Reason → number of things that were passed over (`storage.Listing`)."""
+    @property
+    def roots(self) -> tuple[Root, ...]:
+        """The local places of the images that were listed so far."""
+        return ()
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Reason → number of things that were passed over so far (`storage.Listing`)."""
+        return {}
 
 
 def refuse_output_inside(sources: Sequence[str], output: str) -> None:
@@ -73,19 +85,17 @@ def refuse_output_inside(sources: Sequence[str], output: str) -> None:
             )
 
 
-def spill_listing(
-    path: Path,
+def listed(
     sources: Sequence[str],
     output: str,
     chosen: Chosen,
     *,
     columns: Columns | None = None,
     allow_empty: bool = False,
-) -> Listed:
-    """Write the listing of all sources to a local file. What is no image is skipped.
+) -> Collection:
+    """The images of all sources. What is no image is skipped. Nothing is asked of a storage yet.
 
     Args:
-        path: the file to write.
         sources: where the images are.
         output: directory of the part files.
         chosen: which of the files are listed.
@@ -93,42 +103,75 @@ def spill_listing(
         allow_empty: whether there may be nothing to list.
 
     Raises:
-        UsageError: there is nothing in a source, or it includes the output; or no file is left in all of them.
-        StorageError: a storage of the job's own failed.
+        UsageError: to iterate raises it if there is nothing in a source, or it includes the output; or no file is left
+            in all of them. The first `_LOOKED_AT` sources are looked at before the first file comes.
+        StorageError: to iterate raises it if a storage of the job's own failed.
     """
     own = {storage.storage_of(url) for url in (*sources, output)}
-    roots, skipped = [], Counter[str]()
-    num_listed = num_left_out = 0
-    # This is JSON, because making an Arrow table from Python values imports pandas, which takes half a second.
-    with gzip.open(path, "wt", compresslevel=1) as spilled:
-        for source in sources:
-            listing = storage.list_images(
-                source,
-                exclude=output,
-                own=own,
-                columns=columns,
-                chosen=chosen,
-                skip_others=True,
-                allow_empty=allow_empty,
-            )
-            first = last = ""
-            for file in listing:
-                row = {"uri": file.uri, "version": file.version, "num_bytes": file.num_bytes}
-                spilled.write(json.dumps(row) + "\n")
+    list_source = partial(
+        storage.list_images,
+        exclude=output,
+        own=own,
+        columns=columns,
+        chosen=chosen,
+        skip_others=True,
+        allow_empty=allow_empty,
+    )
+    return _Listed(sources, list_source, own, allow_empty=allow_empty)
+
+
+class _Source:
+    """A source that is being listed."""
+
+    def __init__(self, url: str, listing: storage.Listing) -> None:
+        self.url = url
+        self.listing = listing
+        self.first = self.last = ""
+        """The first and the last of the local files that were listed so far, by name."""
+
+    def root(self) -> Root | None:
+        """The place in which the local files lie that were listed so far; None if there are none."""
+        first, last = self.first, self.last
+        return _root(self.url, local_path(first), local_path(last)) if first else None
+
+
+class _Listed(Collection):
+    def __init__(
+        self, sources: Sequence[str], list_source: Callable[[str], storage.Listing], own: set[str], *, allow_empty: bool
+    ) -> None:
+        super().__init__(self._listed(), own=own)
+        self._urls = sources
+        self._list_source = list_source
+        self._allow_empty = allow_empty
+        self._begun: list[_Source] = []
+
+    @property
+    def roots(self) -> tuple[Root, ...]:
+        roots = [source.root() for source in self._begun]
+        return tuple(root for root in roots if root is not None)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        return dict(sum((source.listing.skipped for source in self._begun), Counter[str]()))
+
+    def _listed(self) -> Iterator[SourceFile]:
+        num_listed = 0
+        looked_at = {url: self._list_source(url) for url in self._urls[:_LOOKED_AT]}
+        for url in self._urls:
+            source = _Source(url, looked_at.pop(url) if url in looked_at else self._list_source(url))
+            self._begun.append(source)
+            for file in source.listing:
                 num_listed += 1
                 place = outermost(file.uri)
                 if file.version and is_local(place):
-                    first, last = min(first or place, place), max(last, place)
-            skipped += listing.skipped
-            num_left_out += listing.num_left_out
-            if first:
-                roots.append(_root(source, local_path(first), local_path(last)))
-    if num_left_out and not num_listed and not allow_empty:
-        raise UsageError(
-            "--include and --exclude must leave some files to label. "
-            f"Received: none of the {num_left_out} files and archives in --images. (Globs need quotes.)"
-        )
-    return Listed(roots=tuple(roots), own=tuple(sorted(own)), skipped=dict(skipped))
+                    source.first, source.last = min(source.first or place, place), max(source.last, place)
+                yield file
+        num_left_out = sum(source.listing.num_left_out for source in self._begun)
+        if num_left_out and not num_listed and not self._allow_empty:
+            raise UsageError(
+                "--include and --exclude must leave some files to label. "
+                f"Received: none of the {num_left_out} files and archives in --images. (Globs need quotes.)"
+            )
 
 
 def _root(source: str, first: str, last: str) -> Root:

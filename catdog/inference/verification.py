@@ -10,11 +10,12 @@ import duckdb
 from catdog import records, storage
 from catdog.config import VerifyConfig
 from catdog.errors import BooksError, OutputRefusedError
-from catdog.inference.books import RUNS_NAME, Books
+from catdog.inference.books import Books
 from catdog.inference.database import open_database
 from catdog.inference.findings import CONFIDENCE_EDGES, ROW_NUMBER_SQL
 from catdog.inference.journals import COMPACT_NAME, settled
-from catdog.inference.publish import is_part, read_parts, spill_keys
+from catdog.inference.plan import INDEX_NAME
+from catdog.inference.publish import RUNS_NAME, is_part, read_parts, spill_keys
 from catdog.provenance import one_line, redact
 from catdog.schema import CLASS_NAMES, ERROR_CODES, REVIEW_REASONS
 
@@ -183,7 +184,7 @@ def _recount(output: str, parts: Sequence[str], merged: set[str]) -> Verificatio
         runs=len(run_records) + len(unreadable),
         rows_without_record=num_unrecorded,
         differences=differences,
-        unrelated=[name for name in names if not is_part(name) and name not in (RUNS_NAME, COMPACT_NAME)],
+        unrelated=[name for name in names if not is_part(name) and name not in (RUNS_NAME, INDEX_NAME, COMPACT_NAME)],
     )
 
 

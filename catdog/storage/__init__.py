@@ -16,8 +16,10 @@ since the process began ends within seconds. See `catdog.storage.outages`.
 
 from catdog.storage.claims import Claim, claimed, holder, is_held
 from catdog.storage.filesystems import SourceFile
-from catdog.storage.listing import Listing, exists, list_images, list_names
+from catdog.storage.listing import Listing, exists, list_files, list_images, list_names
 from catdog.storage.publishing import (
+    create_bytes,
+    create_parquet,
     delete,
     delete_temporaries,
     publish_bytes,
@@ -45,6 +47,8 @@ __all__ = [
     "SourceFile",
     "absolute",
     "claimed",
+    "create_bytes",
+    "create_parquet",
     "delete",
     "delete_temporaries",
     "exists",
@@ -52,6 +56,7 @@ __all__ = [
     "is_held",
     "is_inside",
     "join",
+    "list_files",
     "list_images",
     "list_names",
     "open_read",

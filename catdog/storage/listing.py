@@ -22,11 +22,12 @@ from catdog.storage.filesystems import (
     info,
     require,
     version_of,
+    version_of_status,
 )
 from catdog.storage.names import archive_scheme, is_hidden
 from catdog.storage.patterns import Chosen
 from catdog.storage.sifting import NOT_AN_IMAGE, Found, Sieve
-from catdog.storage.urls import absolute, is_local, local_path, location, outermost, split_member, storage_of
+from catdog.storage.urls import absolute, is_local, join, local_path, location, outermost, split_member, storage_of
 
 logger = logging.getLogger(__name__)
 
@@ -223,6 +224,42 @@ def list_all_names(url: str) -> list[str]:
         return sorted(require(url, names))
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def list_files(url: str) -> dict[str, SourceFile]:
+    """What lies directly under a directory, by name; nothing if there is no such directory.
+
+    The version of a file tells whether it was replaced: its ETag; of a local file its size, its time of change and its
+    number on the disk. That of a directory is "". Names that start with a dot are left out, as for `list_names`.
+    """
+    url = absolute(url)
+
+    def files() -> dict[str, SourceFile]:
+        if is_local(url):
+            with os.scandir(local_path(url)) as entries:
+                return {entry.name: _local_file(entry) for entry in entries if not entry.name.startswith(".")}
+        fs, path = filesystem(url, fresh=True)
+        found = {}
+        for entry in fs.ls(path, detail=True):
+            name = entry["name"].rstrip("/").rpartition("/")[2]
+            if entry["name"].rstrip("/") != path.rstrip("/") and not name.startswith("."):
+                version = "" if entry["type"] == "directory" else version_of(entry)
+                found[name] = SourceFile(join(url, name), version, entry.get("size") or 0)
+        return found
+
+    try:
+        return require(url, files)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+
+
+def _local_file(entry: os.DirEntry[str]) -> SourceFile:
+    try:
+        status = entry.stat()
+    except FileNotFoundError:  # it has just gone, or is a broken link
+        return SourceFile(entry.path, "", 0)
+    version = "" if entry.is_dir() else f"{version_of_status(status)}-{status.st_ino}"
+    return SourceFile(entry.path, version, status.st_size)
 
 
 def exists(url: str) -> bool:

@@ -53,9 +53,81 @@ def publish_json(url: str, obj: Any) -> None:
 
 def publish_parquet(url: str, table: pa.Table, *, row_group_rows: int | None = None) -> None:
     """Write a Parquet file, as `publish_bytes`. Without `row_group_rows`, all rows are one row group."""
+    publish_bytes(url, _parquet(table, row_group_rows))
+
+
+def create_parquet(url: str, table: pa.Table) -> bool:
+    """Write a Parquet file, as `create_bytes`."""
+    return create_bytes(url, _parquet(table, None))
+
+
+def _parquet(table: pa.Table, row_group_rows: int | None) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", row_group_size=row_group_rows)
-    publish_bytes(url, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def create_bytes(url: str, data: bytes) -> bool:
+    """Write a file atomically, unless there is one of this name already. Of many writers, one writes it.
+
+    That holds on a local disk, and on stores with conditional writes; elsewhere the last of several writers that write
+    at the same moment does.
+
+    Returns:
+        Whether this call has written it. If the answer of a store was lost, it may be False although it has.
+
+    Raises:
+        StorageError: the file could not be written. Nothing of it is left behind.
+    """
+    url = absolute(url)
+    with _writing(url):
+        if is_local(url):
+            return attempt(url, lambda: _create_local(local_path(url), data))
+        return attempt(url, lambda: _create_remote(url, data))
+
+
+def _create_local(path: str, data: bytes) -> bool:
+    directory, name = os.path.split(path)
+    os.makedirs(directory, exist_ok=True)
+    temporary = os.path.join(directory, _temporary(name))
+    try:
+        with open(temporary, "xb") as file:
+            with failpoints.step("write"):
+                file.write(data)
+            with failpoints.step("sync"):
+                file.flush()
+                os.fsync(file.fileno())
+        with failpoints.step("publish"):
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            except OSError:  # no hard links here
+                if os.path.exists(path):
+                    return False
+                os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+    _sync_directory(directory)
+    return True
+
+
+def _create_remote(url: str, data: bytes) -> bool:
+    fs, path = filesystem(url)
+    with failpoints.step("publish"):
+        if s3.is_s3(fs):
+            return s3.create(fs, path, data)
+        if url.partition("://")[0] in OBJECT_STORES:
+            try:
+                fs.pipe_file(path, data, mode="create")
+            except FileExistsError:
+                return False
+            return True
+    if fs.exists(path):
+        return False
+    _publish_by_rename(fs, path, lambda fs, path: fs.pipe_file(path, data))
+    return True
 
 
 def delete(url: str, *, patience_s: float | None = None) -> None:
