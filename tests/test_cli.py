@@ -46,11 +46,11 @@ def unwrapped(text: str) -> str:
 
 COMMANDS = (
     "catdog must be given one of the commands demo, prepare, train, tune, evaluate, predict, serve, convert, verify, "
-    "compact, compare, bench train, bench chaos, bench nightly-chaos, bench predict, bench serve, bench startup. "
+    "compact, compare, bench train, bench chaos, bench nightly-chaos, bench plan, bench predict, bench serve, bench startup. "
     "Received: "
 )
 BENCH = (
-    "catdog bench must be given one of the commands train, chaos, nightly-chaos, predict, serve, startup. Received: "
+    "catdog bench must be given one of the commands train, chaos, nightly-chaos, plan, predict, serve, startup. Received: "
 )
 TRAIN = "train --data d --output o "
 

@@ -10,6 +10,7 @@ import bisect
 import collections
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import urllib.parse
@@ -21,6 +22,9 @@ from xml.sax.saxutils import escape
 BUCKET: Final = "simulated"
 PREFIX: Final = "photos"
 """Under which all objects lie."""
+
+_PLAIN: Final = re.compile(r"[A-Za-z0-9/_.-]*")
+"""Keys that are written as they are."""
 
 _LAST: Final = "\U0010ffff"
 _MASK: Final = 2**128 - 1
@@ -142,12 +146,12 @@ def _quoted(key: str) -> str:
 
 def _contents(keys: Sequence[str], begin: int) -> str:
     """The objects with these keys, the first of which has the number `begin`."""
-    quoted = keys if "".join(keys).replace("/", "").replace("_", "").replace("-", "").replace(".", "").isalnum() else []
+    quoted = keys if _PLAIN.fullmatch("".join(keys)) else [_quoted(key) for key in keys]
     return "".join(
         f"<Contents><Key>{key}</Key><LastModified>2026-01-02T03:04:05.000Z</LastModified>"
         f"<ETag>&quot;{etag_of(number)}&quot;</ETag><Size>{num_bytes_of(number)}</Size>"
         "<StorageClass>STANDARD</StorageClass></Contents>"
-        for number, key in enumerate(quoted or map(_quoted, keys), begin)
+        for number, key in enumerate(quoted, begin)
     )
 
 

@@ -6,6 +6,7 @@ from typing import Final
 from catdog.config import (
     BenchChaosConfig,
     BenchNightlyChaosConfig,
+    BenchPlanConfig,
     BenchPredictConfig,
     BenchServeConfig,
     BenchStartupConfig,
@@ -91,6 +92,7 @@ COMMANDS: Final = {
         "bench_nightly_chaos",
         "catdog bench nightly-chaos --output chaos",
     ),
+    "bench plan": Command(BenchPlanConfig, "catdog.bench.plan", "bench_plan", "catdog bench plan --output plan"),
     "bench predict": Command(
         BenchPredictConfig,
         "catdog.bench.predict",

@@ -20,6 +20,7 @@ from catdog.config.training import TrainConfig
 from catdog.config.trials import (
     BenchChaosConfig,
     BenchNightlyChaosConfig,
+    BenchPlanConfig,
     BenchPredictConfig,
     BenchServeConfig,
     BenchStartupConfig,
@@ -31,6 +32,7 @@ from catdog.config.tuning import TuneConfig
 __all__ = [
     "BenchChaosConfig",
     "BenchNightlyChaosConfig",
+    "BenchPlanConfig",
     "BenchPredictConfig",
     "BenchServeConfig",
     "BenchStartupConfig",

@@ -201,3 +201,27 @@ class BenchStartupConfig:
         """Validate."""
         checks.is_url(self, "images", "output", "model")
         checks.at_least(self, 1, "rounds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchPlanConfig:
+    """Measure how long listing and planning take, and how much memory, as a collection in a simulated S3 grows."""
+
+    output: str
+    """Directory to write plan.json to. An earlier plan.json there is replaced."""
+
+    num_objects: int = 10_000_000
+    """Objects in the largest collection. Those before it have 10,000, 100,000, and so on."""
+
+    layout: Literal["flat", "deep", "hashed"] = "deep"
+    """Names of the objects: flat (all in one folder, numbered), deep (folders of years, months, days and cameras), or
+    hashed (all in one folder, named by digests)."""
+
+    page_ms: int = 50
+    """Milliseconds that a request takes besides the work of this machine. S3 takes 50 to 100 for a page of 1,000."""
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        checks.is_url(self, "output")
+        checks.at_least(self, 1, "num_objects")
+        checks.at_least(self, 0, "page_ms")

@@ -1,0 +1,232 @@
+"""`catdog bench plan`: how long listing and planning take, and how much memory, as a collection grows.
+
+The collection lies in an S3 that is simulated on this machine (`catdog.bench.simulated_s3`), each page of whose
+listings takes as long as the network would. Everything is measured in processes of their own (`catdog.bench.planning`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from catdog import provenance, scratch, storage
+from catdog.bench import simulated_s3
+from catdog.bench.planning import Measured, Settings
+from catdog.config import BenchPlanConfig
+from catdog.errors import CatdogError
+from catdog.provenance import Host
+from catdog.records import Record
+from catdog.schema import CLASS_NAMES, PREDICTIONS_SCHEMA
+
+RECORD_NAME: Final = "plan.json"
+
+MODEL_ID: Final = "0" * 64
+RUN_ID: Final = "20260101T000000.000000Z-bench"
+
+NEW_OF: Final = 100
+"""One of so many objects is new where the others are done: 99 % are done."""
+
+_PART_ROWS: Final = 50_000
+"""Rows of a part file that is done, as `catdog compact` leaves them."""
+
+_LISTED_OBJECTS: Final = 100_000
+"""Objects that are listed by one request at a time, too: more would take minutes."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchPlanRecord(Record):
+    """What `plan.json` holds."""
+
+    command: str = "bench plan"
+    output: str
+    layout: str
+    page_ms: int
+    one_list: Measured
+    """Listing by one request at a time, of at most 100,000 objects."""
+
+    many_lists: Measured
+    """The listing of as many objects as catdog lists them."""
+
+    objects: list[int]
+    """Sizes of the collection, of which each of the next three holds one measurement."""
+
+    all_new: list[Measured]
+    """Planning, with an output that holds nothing."""
+
+    indexing: list[Measured]
+    """Planning when 99 % are done, and their part files are in no index yet."""
+
+    mostly_done: list[Measured]
+    """Planning when 99 % are done, and the index knows them: every night but the first."""
+
+    host: Host
+    load_average: float
+    """Of the machine's last minute before the start."""
+
+    config: dict[str, Any]
+    versions: dict[str, str]
+    duration_s: float
+
+    def summary(self) -> list[str]:
+        """The seconds, and the memory."""
+        one, many = (each["listed"] / each["seconds"] for each in (self.one_list, self.many_lists))
+        lines = [
+            f"Planned up to {max(self.objects):,} objects ({self.layout} names, {self.page_ms} ms a page).",
+            f"  listing   {many:,.0f} objects/s, {many / one:.1f} times as fast as one request after the other",
+            "                          all new                          99 % done          99 % done, no index yet",
+        ]
+        for place, num_objects in enumerate(self.objects):
+            cells = (_cell(each[place]) for each in (self.all_new, self.mostly_done, self.indexing))
+            lines.append(f"  {num_objects:>10,}  " + "  ".join(f"{cell:>32}" for cell in cells))
+        return [*lines, f"Bench: {self.output}"]
+
+
+def _cell(measured: Measured) -> str:
+    size = f"{measured['peak_bytes'] / 2**20:,.0f} MiB"
+    return f"{measured['seconds']:,.1f} s, {size}, {measured['num_parts']:,.0f} parts"
+
+
+def bench_plan(config: BenchPlanConfig) -> BenchPlanRecord:
+    """Measure, and write `plan.json`.
+
+    Raises:
+        UsageError: the output holds something else.
+        CatdogError: a process failed.
+    """
+    started = time.monotonic()
+    output = storage.absolute(config.output)
+    storage.refuse_foreign_output(output, (RECORD_NAME,), says={"command": "bench plan"})
+    load_average = os.getloadavg()[0]
+    bench = _Bench(config)
+    num_listed = min(config.num_objects, _LISTED_OBJECTS)
+    one_list = bench.lists(num_listed, {"CATDOG_S3_LISTS": "1"})
+    many_lists = bench.lists(config.num_objects, {})
+    objects = list(_sizes(config.num_objects))
+    measured = [bench.plans(num_objects) for num_objects in objects]
+    record = BenchPlanRecord(
+        output=provenance.redact(output),
+        layout=config.layout,
+        page_ms=config.page_ms,
+        one_list=one_list,
+        many_lists=many_lists,
+        objects=objects,
+        all_new=[each[0] for each in measured],
+        indexing=[each[1] for each in measured],
+        mostly_done=[each[2] for each in measured],
+        host=provenance.host(),
+        load_average=load_average,
+        config=provenance.configuration(config),
+        versions=provenance.versions(),
+        duration_s=round(time.monotonic() - started, 1),
+    )
+    storage.publish_json(storage.join(output, RECORD_NAME), record.to_dict())
+    return record
+
+
+def _sizes(most: int) -> Iterator[int]:
+    """10,000 and its tenfolds, and then `most`."""
+    size = 10_000
+    while size < most:
+        yield size
+        size *= 10
+    yield most
+
+
+class _Bench:
+    """Measures with these settings."""
+
+    def __init__(self, config: BenchPlanConfig) -> None:
+        self._config = config
+
+    def lists(self, num_objects: int, environment: dict[str, str]) -> Measured:
+        """The listing of so many objects."""
+        with self._store(num_objects) as settings:
+            measured = _measured(settings | {"does": "lists", "environment": settings["environment"] | environment})
+        logger.info("%d objects are listed in %.1f s", num_objects, measured["seconds"])
+        return measured
+
+    def plans(self, num_objects: int) -> list[Measured]:
+        """Planning of so many objects: when all are new, when 99 % are done, and when an index knows that."""
+        with self._store(num_objects) as settings, scratch.directory("bench") as directory:
+            found = [_measured(settings | {"output": str(Path(directory, "new"))})]
+            done = Path(directory, "done")
+            write_done(done, num_objects, self._config.layout)
+            found += [_measured(settings | {"output": str(done)}) for _ in range(2)]
+        seconds = tuple(each["seconds"] for each in found)
+        logger.info("%d objects are planned in %.1f s; 99 %% done: %.1f s, %.1f s", num_objects, *seconds)
+        return found
+
+    @contextlib.contextmanager
+    def _store(self, num_objects: int) -> Iterator[Settings]:
+        """A store of so many objects, and what a process must know to plan them."""
+        with simulated_s3.serving(num_objects, self._config.layout, self._config.page_ms / 1000) as environment:
+            yield {"does": "plans", "environment": environment, "model_id": MODEL_ID, "run_id": RUN_ID}
+
+
+def _measured(settings: Settings) -> Measured:
+    """What a process measures that does this."""
+    command = [sys.executable, "-m", "catdog.bench.planning", json.dumps(settings)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        last = process.stderr.strip().rpartition("\n")[2]
+        raise CatdogError(f"planning must succeed. Received: exit code {process.returncode}: {last}")
+    measured: Measured = json.loads(process.stdout)
+    return measured
+
+
+def write_done(directory: Path, num_objects: int, layout: str) -> None:
+    """Write the part files of a run that labelled all objects but one of `NEW_OF`."""
+    directory.mkdir()
+    keys = simulated_s3.Objects(num_objects, layout)
+    for begin in range(0, num_objects, _PART_ROWS):
+        numbers = [number for number in range(begin, min(begin + _PART_ROWS, num_objects)) if number % NEW_OF]
+        rows = rows_of([keys[number] for number in numbers], numbers)
+        pq.write_table(rows, directory / f"part-{begin:032x}.parquet", compression="zstd")
+
+
+def rows_of(keys: list[str], numbers: list[int]) -> pa.Table:
+    """The rows of objects that were labelled."""
+    size = len(keys)
+    spread_N = np.array(numbers, np.int64) * 2654435761 % 2**32 / 2**32
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    same: dict[str, Any] = {
+        "needs_review": False,
+        "status": "ok",
+        "width": 200,
+        "height": 200,
+        "model_id": MODEL_ID,
+        "run_id": RUN_ID,
+        "predicted_at": now,
+    }
+    columns: dict[str, Any] = {
+        "uri": [f"s3://{simulated_s3.BUCKET}/{key}" for key in keys],
+        "image_id": [f"{number:064x}" for number in numbers],
+        "source_version": [simulated_s3.etag_of(number) for number in numbers],
+        "label": np.array(CLASS_NAMES)[(spread_N >= 0.5).astype(int)],
+        "prob_dog": spread_N.astype(np.float32),
+        "confidence": np.maximum(spread_N, 1 - spread_N).astype(np.float32),
+        "num_bytes": [simulated_s3.num_bytes_of(number) for number in numbers],
+    }
+    arrays = [
+        pa.array(columns[field.name], field.type)
+        if field.name in columns
+        else pa.repeat(pa.scalar(same.get(field.name), field.type), size)
+        for field in PREDICTIONS_SCHEMA
+    ]
+    return pa.Table.from_arrays(arrays, schema=PREDICTIONS_SCHEMA)
