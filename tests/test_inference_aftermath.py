@@ -134,6 +134,15 @@ def test_too_many_failures_are_no_success(record: RunRecord) -> None:
     assert found["catdog_last_success_timestamp_seconds"] == {"": 100}
 
 
+def test_a_run_that_was_killed_is_no_success(record: RunRecord) -> None:
+    part = replace(record, complete=False)
+    for is_killed in (False, True):
+        text = openmetrics.text_of(part, now=200.0, last_success=100.0, is_killed=is_killed)
+        found = samples_of(parse_open(text))  # type: ignore[no-untyped-call]
+        assert found["catdog_last_run_complete"] == {"": 0}
+        assert found["catdog_last_run_success"] == {"": int(not is_killed)}
+
+
 def test_a_label_may_hold_anything(record: RunRecord) -> None:
     odd = replace(record, errors={'a"b\\c\nd': 1}, skipped={"/private/dir may not be read": 2, "not_an_image": 1})
     text = openmetrics.text_of(odd, now=1.0, last_success=None)

@@ -116,6 +116,19 @@ def test_the_third_night_finds_the_planted_drift(nights: Output) -> None:
     assert any(line.startswith("  drift") for line in record.summary())
 
 
+def test_a_run_that_stops_early_says_what_remains(nights: Output, tmp_path: Path) -> None:
+    output = Output(tmp_path, nights.config.model or "")
+    for number in range(3):
+        (output.images / f"{number}.jpg").write_bytes(grey(number))
+    output.night(max_images=1)
+    record = output.records[0]
+    assert record.books.remaining
+    words = output.words(0)
+    assert f"The run was stopped before its end: {record.what_remains()}." in words
+    assert f"{record.books.remaining} remaining" in words
+    assert "Label what remains." in words
+
+
 def test_no_text_is_html(nights: Output) -> None:
     report = nights.report(0)
     assert "<script" not in report

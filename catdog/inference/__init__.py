@@ -36,7 +36,6 @@ __all__ = ["PlanSummary", "RunRecord", "Verification", "plan_summary", "predict"
 logger = logging.getLogger(__name__)
 
 
-@followed
 def predict(config: PredictConfig) -> RunRecord:
     """Label what is new in a collection. The run record is written last.
 
@@ -52,6 +51,11 @@ def predict(config: PredictConfig) -> RunRecord:
         StorageError: a storage failed. What was published stays, and the same command does the rest.
         BooksError: an image was lost or counted twice.
     """
+    return followed(config, _run)
+
+
+def _run(config: PredictConfig) -> tuple[RunRecord, Drain]:
+    """Run `predict`, but for what follows it."""
     started, started_at = time.monotonic(), datetime.now(UTC)
     sources = [storage.absolute(url, keep_slash=True) for url in config.sources]
     output = storage.absolute(config.output)
@@ -108,12 +112,11 @@ def predict(config: PredictConfig) -> RunRecord:
         with failpoints.step("record"):
             storage.publish_json(storage.join(output, books.RUNS_NAME, f"{job.run_id}.json"), record.to_dict())
         plan.close()
-        morning.publish_metrics(output, record)
+        morning.publish_metrics(output, record, is_killed=drain.reason not in (None, "deadline"))
         morning.publish_report(config, output, record, ledger.findings, nights)
     if not record.complete:
         logger.warning("%s", record.what_remains())
-    drain.pass_on()
-    return record
+    return record, drain
 
 
 def _labelled(

@@ -1,6 +1,5 @@
 """What follows a run, however it ends: the metrics of one that failed, and the notice to a web hook."""
 
-import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from catdog.config import PredictConfig
 from catdog.errors import ClaimLostError, OutputClaimedError
 from catdog.inference import morning, notice, openmetrics
 from catdog.inference.books import RunRecord
+from catdog.inference.draining import Drain
 from catdog.provenance import one_line
 
 logger = logging.getLogger(__name__)
@@ -18,24 +18,23 @@ _PATIENCE_S = 10.0
 """How long the metrics of a run that failed may take: its storage may be what has failed."""
 
 
-def followed(run: Callable[[PredictConfig], RunRecord]) -> Callable[[PredictConfig], RunRecord]:
-    """Have a hook told how a run ended, where there is one, and the metrics of the output, if the run failed."""
+def followed(config: PredictConfig, run: Callable[[PredictConfig], tuple[RunRecord, Drain]]) -> RunRecord:
+    """Run, and tell a hook how it ended, where there is one, and the metrics of the output, if the run failed.
 
-    @functools.wraps(run)
-    def run_and_tell(config: PredictConfig) -> RunRecord:
-        url = notice.url_of(config)
-        try:
-            record = run(config)
-        except BaseException as error:
-            with morning.never_failing("What follows a failure"):
-                failed(config, error)
-            raise
-        if url is not None:
-            with morning.never_failing("The notice"):
-                notice.tell_end(url, record, is_complete=morning.is_complete(record))
-        return record
-
-    return run_and_tell
+    A run that a signal has drained has its record. Then the signal does what it would have done.
+    """
+    url = notice.url_of(config)
+    try:
+        record, drain = run(config)
+    except BaseException as error:
+        with morning.never_failing("What follows a failure"):
+            failed(config, error)
+        raise
+    if url is not None:
+        with morning.never_failing("The notice"):
+            notice.tell_end(url, record)
+    drain.pass_on()
+    return record
 
 
 def failed(config: PredictConfig, error: BaseException) -> None:

@@ -145,6 +145,7 @@ class RunRecord(records.Record):
 
     checksum: str | None = None
     """Of all labels of this run (`Findings.checksum`), in hex. `catdog verify` computes it anew."""
+
     is_listed: bool = True
     """Whether the listing came to its end."""
 

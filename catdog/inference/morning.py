@@ -105,10 +105,10 @@ def publish_report(config: PredictConfig, output: str, record: RunRecord, found:
         storage.publish_bytes(storage.join(output, RUNS_NAME, f"{record.run_id}.html"), report.run_page(shown))
 
 
-def publish_metrics(output: str, record: RunRecord) -> None:
+def publish_metrics(output: str, record: RunRecord, *, is_killed: bool) -> None:
     """Write `_runs/metrics.prom`. Warns if it cannot."""
     with never_failing("The metrics"):
-        openmetrics.publish(output, record, is_complete=is_complete(record))
+        openmetrics.publish(output, record, is_killed=is_killed)
 
 
 def page(config: PredictConfig, record: RunRecord, found: Findings, nights: list[Night]) -> "Any":
@@ -160,7 +160,8 @@ def page(config: PredictConfig, record: RunRecord, found: Findings, nights: list
 def _parts(record: RunRecord) -> list[tuple[str, int]]:
     """(name, number) of all that adds up to what was listed."""
     numbers = dataclasses.asdict(record.books)
-    return [(name.replace("_", " "), number) for name, number in numbers.items() if name != "listed"]
+    hidden = {"listed"} if record.books.remaining else {"listed", "remaining"}
+    return [(name.replace("_", " "), number) for name, number in numbers.items() if name not in hidden]
 
 
 def _what(record: RunRecord) -> str:
@@ -172,19 +173,10 @@ def _date(record: RunRecord) -> str:
     return f"{datetime.fromisoformat(record.started_at):%-d %B %Y, %H:%M} UTC"
 
 
-def _remaining(record: RunRecord) -> int:
-    return int(getattr(record.books, "remaining", 0))
-
-
-def is_complete(record: RunRecord) -> bool:
-    """Whether a run did all that there was to do."""
-    return bool(getattr(record, "complete", True))
-
-
 def _state(record: RunRecord) -> Any:
     if record.failed_fraction_exceeded:
         return "bad"
-    return "warn" if record.drift or not is_complete(record) else "good"
+    return "warn" if record.drift or not record.complete else "good"
 
 
 def _sentences(record: RunRecord) -> list[str]:
@@ -192,8 +184,8 @@ def _sentences(record: RunRecord) -> list[str]:
     found = []
     if complaint := record.complaint():
         found.append(f"Too many images failed: {complaint}.")
-    if not is_complete(record):
-        found.append("The run stopped before its end. What it labelled is there, and the next run does the rest.")
+    if not record.complete:
+        found.append(f"The run was stopped before its end: {record.what_remains()}.")
     elif not found:
         found.append("The run is complete, and the books close: every image that was listed is accounted for.")
     if record.drift:
@@ -262,12 +254,8 @@ def command_line(config: PredictConfig, **changes: Any) -> str:
 def _steps(config: PredictConfig, record: RunRecord) -> Iterator[tuple[str, str | None]]:
     """(sentence, command) of what is to be done next."""
     rows = _sql_text(f"{redact(record.output).rstrip('/')}/*.parquet")
-    if not is_complete(record):
-        num = _remaining(record)
-        yield (
-            f"{f'{num:,} images remain' if num else 'Images remain'}. The same command labels them, and nothing twice:",
-            command_line(config),
-        )
+    if not record.complete:
+        yield "Label what remains. The same command does, and labels nothing twice:", command_line(config)
     passing = sum(count for code, count in record.errors.items() if code in PASSING_CODES)
     lasting = record.books.error - passing
     if passing:

@@ -47,14 +47,14 @@ def url_of(config: PredictConfig) -> str | None:
     return url or None
 
 
-def tell_end(url: str, record: RunRecord, *, is_complete: bool = True) -> None:
+def tell_end(url: str, record: RunRecord) -> None:
     """Tell a hook of a run that has come to its end. Warns if the hook does not take it."""
     complaint = record.complaint()
-    colour = "danger" if complaint else "warning" if record.drift or not is_complete else "good"
+    colour = "danger" if complaint else "warning" if record.drift or not record.complete else "good"
     first, *_ = record.summary()
     text = f"catdog: {first.replace(' (' + record.executor + ')', '')}"
     text += f" Too many failed: {complaint}." if complaint else ""
-    text += "" if is_complete else " The run stopped before its end; the next one does the rest."
+    text += "" if record.complete else f" It was stopped: {record.what_remains()}."
     fields = [("Books", str(record.books)), ("Labels", records.counted(record.labels))]
     fields += [("Needs review", f"{record.needs_review:,}")] if record.needs_review else []
     fields += [("Errors", records.counted(record.errors))] if record.errors else []

@@ -47,19 +47,19 @@ def _number(value: float) -> str:
     return repr(float(value)) if isinstance(value, float) else str(int(value))
 
 
-def text_of(record: RunRecord, *, now: float, last_success: float | None, is_complete: bool = True) -> str:
+def text_of(record: RunRecord, *, now: float, last_success: float | None, is_killed: bool = False) -> str:
     """The metrics of a run that has come to its end.
 
     Args:
         record: its record.
         now: when it ended, in seconds since 1970.
         last_success: when a run last succeeded before; None if that was never, or nobody knows.
-        is_complete: whether it did all that there was to do.
+        is_killed: whether a signal made it stop before its end. Then it is no success; one with a deadline is.
     """
-    is_success = record.complaint() is None
+    is_success = record.complaint() is None and not is_killed
     page = _begun(now, is_success=is_success, last_success=now if is_success else last_success)
     books = record.to_dict()["books"]
-    page.gauge("catdog_last_run_complete", "Whether the last run did all that there was to do.", int(is_complete))
+    page.gauge("catdog_last_run_complete", "Whether the last run did all that there was to do.", int(record.complete))
     page.gauge("catdog_last_run_images", "Images of the last run, by where they went.", books, "outcome")
     page.gauge("catdog_last_run_labels", "Labels of the last run.", record.labels, "label")
     page.gauge("catdog_last_run_errors", "Images that the last run could not label.", record.errors, "code")
@@ -101,8 +101,8 @@ def _begun(now: float, *, is_success: bool, last_success: float | None) -> _Page
     return page
 
 
-def publish(output: str, record: RunRecord | None, *, is_complete: bool = True) -> None:
-    """Write the metrics of a run into its output; `record` is None if the run failed.
+def publish(output: str, record: RunRecord | None, *, is_killed: bool = False) -> None:
+    """Write the metrics of a run into its output; `record` is None if the run failed, `is_killed` as in `text_of`.
 
     A run that failed writes only where there are metrics already: what lies there else may not be ours.
 
@@ -113,7 +113,7 @@ def publish(output: str, record: RunRecord | None, *, is_complete: bool = True) 
     before = storage.read_text(url) if storage.exists(url) else None
     now = time.time()
     if record is not None:
-        text = text_of(record, now=now, last_success=_last_success(before or ""), is_complete=is_complete)
+        text = text_of(record, now=now, last_success=_last_success(before or ""), is_killed=is_killed)
     elif before is not None:
         text = text_of_failure(now=now, last_success=_last_success(before))
     else:
