@@ -14,6 +14,7 @@ from catdog.storage import SourceFile
 from catdog.storage.manifests import Columns
 from catdog.storage.names import archive_scheme
 from catdog.storage.patterns import Chosen
+from catdog.storage.sifting import NOT_AN_IMAGE
 from catdog.storage.urls import is_local, local_path, outermost, split_member
 
 _LOOKED_AT: Final = 32
@@ -104,7 +105,7 @@ def listed(
 
     Raises:
         UsageError: to iterate raises it if there is nothing in a source, or it includes the output; or no file is left
-            in all of them. The first `_LOOKED_AT` sources are looked at before the first file comes.
+            in all of them, or no image. The first `_LOOKED_AT` sources are looked at before the first file comes.
         StorageError: to iterate raises it if a storage of the job's own failed.
     """
     own = {storage.storage_of(url) for url in (*sources, output)}
@@ -166,11 +167,17 @@ class _Listed(Collection):
                 if file.version and is_local(place):
                     source.first, source.last = min(source.first or place, place), max(source.last, place)
                 yield file
-        num_left_out = sum(source.listing.num_left_out for source in self._begun)
-        if num_left_out and not num_listed and not self._allow_empty:
+        if num_listed or self._allow_empty:
+            return
+        if num_left_out := sum(source.listing.num_left_out for source in self._begun):
             raise UsageError(
                 "--include and --exclude must leave some files to label. "
                 f"Received: none of the {num_left_out} files and archives in --images. (Globs need quotes.)"
+            )
+        if num_others := self.skipped.get(NOT_AN_IMAGE, 0):
+            raise UsageError(
+                f"--images must hold at least one image, unless --allow-empty is given. Received: {num_others} files, "
+                "none of which is an image by its name or its first bytes"
             )
 
 
