@@ -29,7 +29,7 @@ MIN_ROWS: Final = 50
 """A night, or all earlier ones together, of fewer rows is not compared."""
 
 ALPHA: Final = 0.01
-"""A night without drift is said to drift with at most this probability."""
+"""A night without drift is said to drift with at most this probability, if nights differ as the prior has it."""
 
 MIN_DISTANCE: Final = 0.05
 """A difference of fewer than so many of the rows does not matter."""

@@ -9,11 +9,8 @@ import json
 import logging
 import os
 import threading
-import urllib.error
 import urllib.parse
-import urllib.request
-from email.message import Message
-from typing import IO, Any, Final
+from typing import Any, Final
 
 from catdog import __version__, records
 from catdog.config import PredictConfig
@@ -97,24 +94,25 @@ def _plain(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Refuses to go elsewhere: a POST would arrive there as a GET, and the secret with it."""
-
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
-    ) -> None:
-        """Follow no redirection."""
-
-
 def _post(url: str, body: bytes) -> None:
     """Post JSON. Warns if that fails, or takes longer than `TIMEOUT_S`, whatever the other side does."""
+    # Most runs need neither of them.
+    import urllib.error
+    import urllib.request
+
+    class NoRedirects(urllib.request.HTTPRedirectHandler):
+        """Refuses to go elsewhere: a POST would arrive there as a GET, and the secret with it."""
+
+        def redirect_request(self, *_: Any, **__: Any) -> None:
+            """Follow no redirection."""
+
     failures: list[str] = []
 
     def send() -> None:
         headers = {"Content-Type": "application/json", "User-Agent": f"catdog/{__version__}"}
         try:
             request = urllib.request.Request(url, body, headers, method="POST")
-            with urllib.request.build_opener(_NoRedirects).open(request, timeout=TIMEOUT_S):
+            with urllib.request.build_opener(NoRedirects).open(request, timeout=TIMEOUT_S):
                 pass
         except urllib.error.HTTPError as error:
             failures.append(f"it answered with status {error.code}")
