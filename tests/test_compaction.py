@@ -271,6 +271,17 @@ def test_what_was_listed_before_is_there_and_no_row_twice(tmp_path: Path) -> Non
     assert len(seen) == len(set(seen)) == 30
 
 
+def test_who_has_read_a_footer_finds_the_rows_that_it_names(tmp_path: Path) -> None:
+    """DuckDB reads all footers first, and opens the files again for the rows."""
+    output = str(tmp_path)
+    write_parts(output, 3, 10)
+    parts = {path: (pq.read_metadata(path), pq.read_table(path)) for path in tmp_path.glob("part-*")}
+    compacted(output)
+    for path, (footer, rows) in parts.items():
+        assert pq.read_table(path).num_rows == 0
+        assert pq.ParquetFile(path, metadata=footer).read() == rows
+
+
 # What dies.
 
 FORKING = """

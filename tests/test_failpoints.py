@@ -11,10 +11,17 @@ import pytest
 from catdog import failpoints, storage
 from catdog.errors import StorageError, UsageError
 
+PACKAGE = Path(failpoints.__file__).parent
+
 
 @pytest.fixture(autouse=True)
 def count_anew() -> None:
     failpoints._reached.clear()
+
+
+def test_every_step_is_somewhere_in_the_code() -> None:
+    code = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    assert [name for name in failpoints.STEPS if f'failpoints.step("{name}")' not in code] == []
 
 
 def test_without_the_variable_a_step_is_nothing() -> None:

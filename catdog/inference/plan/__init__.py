@@ -26,6 +26,7 @@ from typing import Final
 
 import duckdb
 
+from catdog import failpoints
 from catdog.inference.database import open_database
 from catdog.inference.plan.chunks import ahead, chunks
 from catdog.inference.plan.index import INDEX_NAME, Index, SameImages
@@ -243,7 +244,8 @@ def open_plan(
         StorageError: a storage failed.
     """
     refuse_output_inside(sources, output)
-    collection = listed(sources, output, chosen or Chosen(), columns=columns, allow_empty=allow_empty)
+    with failpoints.step("list"):
+        collection = listed(sources, output, chosen or Chosen(), columns=columns, allow_empty=allow_empty)
     with plan_files(
         collection,
         output,
