@@ -292,6 +292,13 @@ _ALREADY_LABELLED: Final = "already_labelled"
 """In the place of an error code: the output has a label of the same bytes. Never written to a row."""
 
 
+class _AlreadyLabelledError(ImageError):
+    """In the place of an image's bytes: the output has a label of them. The message is their digest."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__(_ALREADY_LABELLED, content)
+
+
 def _are_done(labelling: "Sequence[Future[Labelled]]") -> bool:
     return bool(labelling) and all(portion.done() for portion in labelling)
 
@@ -315,7 +322,7 @@ def _read(
             content = deadly[file] if file in deadly else next(contents)
             if known[file] and isinstance(content, bytes):
                 digest = _content_version(hashlib.sha256(content).hexdigest())
-                content = ImageError(_ALREADY_LABELLED, digest) if digest in known[file] else content
+                content = _AlreadyLabelledError(digest) if digest in known[file] else content
             yield content
 
 
