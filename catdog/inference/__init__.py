@@ -113,7 +113,7 @@ def _run(config: PredictConfig) -> tuple[RunRecord, Drain]:
             storage.publish_json(storage.join(output, books.RUNS_NAME, f"{job.run_id}.json"), record.to_dict())
         plan.close()
         morning.publish_metrics(output, record, is_killed=drain.reason not in (None, "deadline"))
-        morning.publish_report(config, output, record, ledger.findings, nights)
+        morning.publish_report(config, output, record, ledger.findings, nights, plan.listed.first_skipped)
     if not record.complete:
         logger.warning("%s", record.what_remains())
     return record, drain

@@ -96,12 +96,28 @@ def never_failing(what: str) -> Iterator[None]:
         logger.debug("%s could not be written", what, exc_info=True)
 
 
-def publish_report(config: PredictConfig, output: str, record: RunRecord, found: Findings, nights: list[Night]) -> None:
-    """Write `_runs/<run_id>.html`. Warns if it cannot."""
+def publish_report(
+    config: PredictConfig,
+    output: str,
+    record: RunRecord,
+    found: Findings,
+    nights: list[Night],
+    first_skipped: Mapping[str, str],
+) -> None:
+    """Write `_runs/<run_id>.html`. Warns if it cannot.
+
+    Args:
+        config: the configuration of the run.
+        output: its output.
+        record: its record.
+        found: what was found in its rows.
+        nights: the nights that it was compared with.
+        first_skipped: reason → the first thing that the listing passed over for it.
+    """
     with never_failing("The report"):
         from catdog import report
 
-        shown = page(config, record, found, nights)
+        shown = page(config, record, found, nights, first_skipped)
         storage.publish_bytes(storage.join(output, RUNS_NAME, f"{record.run_id}.html"), report.run_page(shown))
 
 
@@ -111,8 +127,14 @@ def publish_metrics(output: str, record: RunRecord, *, is_killed: bool) -> None:
         openmetrics.publish(output, record, is_killed=is_killed)
 
 
-def page(config: PredictConfig, record: RunRecord, found: Findings, nights: list[Night]) -> "Any":
-    """What the report of a run says: a `catdog.report.RunPage`."""
+def page(
+    config: PredictConfig,
+    record: RunRecord,
+    found: Findings,
+    nights: list[Night],
+    first_skipped: Mapping[str, str],
+) -> Any:
+    """What the report of a run says: a `catdog.report.RunPage`. The arguments are those of `publish_report`."""
     from catdog.report import morning as report
 
     tonight = drift.night_of(record.to_dict())
@@ -148,7 +170,10 @@ def page(config: PredictConfig, record: RunRecord, found: Findings, nights: list
             )
             for code, count in sorted(record.errors.items(), key=lambda item: -item[1])
         ],
-        skipped=[report.Cause(name=redact(reason), count=count) for reason, count in record.skipped.items()],
+        skipped=[
+            report.Cause(name=reason, count=count, examples=_first(first_skipped.get(reason)))
+            for reason, count in record.skipped.items()
+        ],
         durations_s=record.durations_s,
         thread_s=record.thread_s,
         images=record.books.labelled,
@@ -330,6 +355,10 @@ def _courses(tonight: Night, nights: Sequence[Night], course: Any) -> list[Any]:
 
 def _summed(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
     return {name: sum(each[name] for each in counts) for name in CLASS_NAMES}
+
+
+def _first(place: str | None) -> list[tuple[str, str]]:
+    return [] if place is None else [(redact(place), "")]
 
 
 def _photo(example: Example, jpeg: bytes | None, photo: Any) -> Any:

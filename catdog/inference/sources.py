@@ -73,6 +73,11 @@ class Collection:
         """Reason → number of things that were passed over so far (`storage.Listing`)."""
         return {}
 
+    @property
+    def first_skipped(self) -> dict[str, str]:
+        """Reason → the first thing that was passed over for it."""
+        return {}
+
 
 def refuse_output_inside(sources: Sequence[str], output: str) -> None:
     """Raise `UsageError` if the output lies within a source: a run would label its own files.
@@ -154,6 +159,13 @@ class _Listed(Collection):
     @property
     def skipped(self) -> dict[str, int]:
         return dict(sum((source.listing.skipped for source in self._begun), Counter[str]()))
+
+    @property
+    def first_skipped(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for source in reversed(self._begun):
+            found |= source.listing.first_skipped
+        return found
 
     def _listed(self) -> Iterator[SourceFile]:
         num_listed = 0

@@ -40,30 +40,32 @@ class Listing(Iterator[SourceFile]):
             first bytes), `unreadable_directory`, `loop` (a symbolic link that leads to itself or to a directory above
             it), `not_a_file` (a pipe, a socket, a device; in a tar archive a link), `old_version` (in an S3 Inventory).
             Hidden names are not counted. It is complete when the listing has ended.
+        first_skipped: the first of them, by reason.
     """
 
     def __init__(self) -> None:
         self.skipped: collections.Counter[str] = collections.Counter()
         self._sieve: Sieve | None = None
-        self._first_skipped: dict[str, str] = {}
+        self.first_skipped: dict[str, str] = {}
+        self._has_told = False
         self._files: Iterator[SourceFile] = iter(())
 
     def __next__(self) -> SourceFile:
         try:
             return next(self._files)
         except StopIteration:
-            for reason, place in self._first_skipped.items():
+            for reason, place in () if self._has_told else self.first_skipped.items():
                 level = logging.INFO if reason == NOT_AN_IMAGE else logging.WARNING
                 logger.log(
                     level, "%d skipped, for the reason %s, the first %s", self.skipped[reason], reason, redact(place)
                 )
-            self._first_skipped.clear()
+            self._has_told = True
             raise
 
     def skip(self, reason: str, place: str) -> None:
         """Count something that is not listed."""
         self.skipped[reason] += 1
-        self._first_skipped.setdefault(reason, place)
+        self.first_skipped.setdefault(reason, place)
 
     @property
     def num_left_out(self) -> int:
