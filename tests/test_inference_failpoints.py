@@ -149,3 +149,19 @@ def test_on_a_disk_that_is_really_full(runs: Runs, expected: list[dict[str, Any]
     assert "No space left on device" in said.stderr
     assert "Traceback" not in said.stderr
     assert answers(tmp_path / "copy") == expected
+
+
+@pytest.mark.parametrize("point", ["before:empty:3", "before:replace:1", "before:close:1"])
+def test_a_run_finishes_a_compaction_that_died(
+    runs: Runs, expected: list[dict[str, Any]], tmp_path: Path, point: str
+) -> None:
+    output = tmp_path / "out"
+    assert runs.run(output) == 0
+    environment = os.environ | {failpoints.VARIABLE: f"{point}=kill"}
+    command = [sys.executable, "-m", "catdog", "compact", str(output)]
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == -signal.SIGKILL
+    assert verify(str(output)).rows == NUM_PICTURES + 1
+    assert runs.run(output) == 0
+    assert answers(output) == expected
+    assert len({row["run_id"] for path in output.glob("part-*") for row in pq.read_table(path).to_pylist()}) == 1
+    assert verify(str(output)).runs == 2
