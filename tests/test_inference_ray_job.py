@@ -24,6 +24,7 @@ from catdog.config import PredictConfig
 from catdog.errors import StorageError
 from catdog.inference import handout, predict, ray_job, verify
 from catdog.inference.books import Books
+from catdog.inference.draining import Drain
 from catdog.inference.plan import Slice, planner
 from catdog.inference.publish import part_name
 from catdog.inference.work import SliceResult, Worker
@@ -203,6 +204,33 @@ def test_a_worker_that_stands_still_is_not_waited_for(
     assert is_gone
     predict(PredictConfig(images=str(images), output=str(tmp_path / "inline"), model=model, executor="inline"))
     assert answers(output) == answers(tmp_path / "inline")
+
+
+# A run that stops before its end.
+
+
+def test_a_run_that_is_drained_publishes_what_actors_have_begun_and_counts_what_remains(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "SLICE_SIZE", 20)
+    images, output = archive(tmp_path / "train.zip", NUM_MEMBERS), tmp_path / "out"
+    config = PredictConfig(images=str(images), output=str(output), model=model, executor="ray", cpus_per_worker=1)
+
+    def is_over(self: Drain) -> bool:
+        self._is_deadline_over = len(list(output.glob("part-*.parquet"))) >= 3
+        return self._is_deadline_over
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Drain, "is_over", is_over)
+        record = predict(config)
+    assert not record.complete
+    assert record.books.error == 0
+    assert 60 <= record.books.ok == NUM_MEMBERS - record.books.remaining < NUM_MEMBERS
+    assert verify(str(output)).rows == record.books.ok
+    assert not list(output.glob("_runs/*.plan-*"))
+    rest = predict(config)
+    assert (rest.complete, rest.books.ok) == (True, record.books.remaining)
+    assert verify(str(output)).rows == NUM_MEMBERS
 
 
 @pytest.mark.parametrize("is_retry", [False, True])

@@ -84,7 +84,7 @@ def die_after(monkeypatch: pytest.MonkeyPatch, num_slices: int) -> None:
             yield piece
 
     monkeypatch.setattr(Plan, "slices", slices)
-    monkeypatch.setattr(Plan, "close", lambda self: self.stop())
+    monkeypatch.setattr(Plan, "close", lambda self, **_: self.stop())
 
 
 def killed_run(root: str, model: str, num_slices: int, **changes: Any) -> None:
@@ -400,6 +400,18 @@ def test_max_images_stops_at_the_image_and_the_next_runs_do_the_rest(tmp_path: P
     run(str(tmp_path), model, output=f"{tmp_path}/at-once", num_workers=2)
     assert answers(tmp_path / "out") == answers(tmp_path / "at-once")
     assert verify(f"{tmp_path}/out").rows == 13
+
+
+def test_what_was_taken_over_and_is_left_stays_in_its_plan(tmp_path: Path, model: str) -> None:
+    fill(str(tmp_path), 0, 20)
+    killed_run(str(tmp_path), model, 1)
+    before = plans_in(f"{tmp_path}/out")
+    record = run(str(tmp_path), model, max_images=5)
+    assert record.books == Books(listed=20, ok=8, error=0, already_done=4, duplicate=0, remaining=8)
+    assert plans_in(f"{tmp_path}/out") == before
+    rest = run(str(tmp_path), model)
+    assert (rest.books.ok, rest.complete, rest.plans) == (8, True, record.plans)
+    assert plans_in(f"{tmp_path}/out") == []
 
 
 def test_a_deadline_that_comes_in_between_stops_the_run(

@@ -94,7 +94,7 @@ def _run(config: PredictConfig) -> tuple[RunRecord, Drain]:
             raise  # whoever has the claim now has taken over the plan, too
         except BaseException:
             if executor == "inline":  # the workers were threads of this process, and are gone
-                plan.close()
+                plan.close(is_complete=False)
             raise
         done = time.monotonic()
         durations_s = {"plan": planned - started, "label": done - planned, "total": done - started}
@@ -111,7 +111,7 @@ def _run(config: PredictConfig) -> tuple[RunRecord, Drain]:
         claim.check()
         with failpoints.step("record"):
             storage.publish_json(storage.join(output, books.RUNS_NAME, f"{job.run_id}.json"), record.to_dict())
-        plan.close()
+        plan.close(is_complete=record.complete)
         morning.publish_metrics(output, record, is_killed=drain.reason not in (None, "deadline"))
         morning.publish_report(config, output, record, ledger.findings, nights, plan.listed.first_skipped)
     if not record.complete:

@@ -74,6 +74,7 @@ class Plan:
         planner: Planner,
         plans: PublishedPlans,
         columns: tuple[str, ...],
+        max_images: int | None,
     ) -> None:
         self.output = output
         self.listed = collection
@@ -89,6 +90,7 @@ class Plan:
         self._has_begun = threading.Event()
         self._is_listed = False
         self._num_begun = 0
+        self._max_images = max_images
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="catdog-planner", daemon=True)
 
@@ -169,7 +171,7 @@ class Plan:
         Args:
             is_over: whether no further slice is to be handed out. It is asked before each, and while none is there.
         """
-        while not is_over():
+        while not (is_over() or self._is_full()):
             try:
                 item = self._files.get(timeout=_POLL_S)
             except Empty:
@@ -180,11 +182,15 @@ class Plan:
                 return
             path, roots = item
             for piece in read_slices(path, roots):
-                if is_over():
+                if is_over() or self._is_full():
                     return
                 self._num_begun += len(piece.files)
                 yield piece
             path.unlink()
+
+    def _is_full(self) -> bool:
+        """Whether as many images were handed out as there may be. Slices that were taken over may have more."""
+        return self._max_images is not None and self._num_begun >= self._max_images
 
     def take_back(self, num_images: int) -> None:
         """Note that a slice of so many images was handed out, and no worker has begun it."""
@@ -201,11 +207,16 @@ class Plan:
             self._database.interrupt()
         self._thread.join()
 
-    def close(self) -> None:
-        """Say that nobody works on the plan any more, so that the next run plans afresh."""
+    def close(self, *, is_complete: bool = True) -> None:
+        """Say that no worker of this run works on the plan any more, so that the next run plans afresh.
+
+        Args:
+            is_complete: whether all slices were done, also those that were taken over. Else the plans that these are
+                from stay open.
+        """
         self.stop()
         self._same.publish()
-        self._plans.close()
+        self._plans.close(is_complete=is_complete)
 
 
 @contextlib.contextmanager
@@ -277,7 +288,8 @@ def plan_files(
             index = Index(database, scratch, output, model_id, may_write=run_id is not None)
         plans = PublishedPlans(output, run_id, check)
         planner = Planner(database, scratch, plans, model_id, retry_errors=retry_errors, max_images=max_images)
-        plan = Plan(collection, output, model_id, database, scratch, planner, plans, columns_of(output, index.parts))
+        columns = columns_of(output, index.parts)
+        plan = Plan(collection, output, model_id, database, scratch, planner, plans, columns, max_images)
         try:
             plan.begin()
             yield plan

@@ -2,8 +2,8 @@
 
 `OUTPUT/_runs/<run_id>.plan-<number>.parquet` are files of `PLAN_SCHEMA`. A plan is open as long as its files are there
 and its run has no record: some of its workers may still be alive, and may publish a slice of it at any time. A run that
-ends in an orderly way deletes the files of its plan, after it has published its record, and those of the plans from
-which it took over.
+ends in an orderly way deletes the files of its plan, after it has published its record. If it has done all that it took
+over, it deletes the files of the other plans, too; else workers of their runs might still publish what is left.
 """
 
 import logging
@@ -55,6 +55,7 @@ class PublishedPlans:
         self._run_id = run_id
         self._check = check
         self._names: list[str] = []
+        self._taken: list[str] = []
 
     def open_plans(self, scratch: Path) -> list[OpenPlan]:
         """The open plans of the output, in the order in which their runs began. Files of closed ones are deleted."""
@@ -91,8 +92,8 @@ class PublishedPlans:
         return True
 
     def take_over(self, plan: OpenPlan) -> None:
-        """Note that the run does all that a plan has left. It is closed together with the plan of the run."""
-        self._names.append(plan.name)
+        """Note that the run does what a plan has left."""
+        self._taken.append(plan.name)
 
     def publish(self, path: Path) -> None:
         """Publish a local file of `PLAN_SCHEMA` as the next one of this run's plan.
@@ -103,16 +104,15 @@ class PublishedPlans:
         if self._run_id is None:
             return
         self._check()
-        num_own = sum(name.startswith(f"{self._run_id}.plan-") for name in self._names)
-        name = f"{self._run_id}.plan-{num_own:05}.parquet"
+        name = f"{self._run_id}.plan-{len(self._names):05}.parquet"
         self._names.append(name)
         with failpoints.step("plan"):
             storage.publish_file(storage.join(self._url, name), str(path))
 
-    def close(self) -> None:
-        """Delete the files of this run's plan, and of those that it took over."""
+    def close(self, *, is_complete: bool) -> None:
+        """Delete the files of this run's plan, and if it is complete, of those that it took over."""
         if self._run_id is None:
             return
-        names, self._names = self._names, []
-        for name in names:
+        for name in self._names + self._taken * is_complete:
             storage.delete(storage.join(self._url, name))
+        self._names, self._taken = [], []
