@@ -4,7 +4,7 @@
 of the index says what a row of a part file says of an image, and in which version of which part it was read
 (`storage.list_files`). It does not count once that part is gone, or has another version. A plan reads the parts that no
 row of the index names, and writes what it read into a new file of the index; it merges files, so that there are few. A
-part without rows is named by a row without a uri.
+part without rows is named by a row without a uri. A part of which the storage tells no version is left out.
 
 An image whose storage has a new version of it, but the same bytes, gets no row in the parts. The index remembers the
 version in a row with the part "". Such a row counts as long as a part has a label for the same bytes and uri.
@@ -189,7 +189,8 @@ class Index:
                 chosen.append(path)
                 total += num_rows
         path = self._scratch / "merged.parquet"
-        num_rows = self._copy(f"FROM {db.reading(chosen)} ANTI JOIN stale {_SAME_PART}", path)
+        rows = f"FROM {db.reading(chosen)} ANTI JOIN stale {_SAME_PART} WHERE part = '' OR part_version <> ''"
+        num_rows = self._copy(rows, path)
         try:
             published = _publish(self._url, path)
             self._delete(path.name for path in chosen if _NAME.fullmatch(path.name) and path != published)

@@ -271,7 +271,8 @@ class Planner:
         self._execute("INSERT INTO seen SELECT key FROM chunk")
         ((first, last),) = self._execute("SELECT coalesce(min(uri), ''), coalesce(max(uri), '') FROM chunk")
         self._execute(_HELD.format(first=db.quoted(first), last=db.quoted(last)))
-        self._execute(_FORGET)
+        if self._execute("SELECT 1 FROM held WHERE part = '' LIMIT 1"):
+            self._execute(_FORGET)
         self._execute(_WORK, retry_errors=self._retry_errors)
         ((num_images, already_done, num_taken),) = self._execute(_COUNTS)
         self._execute(_CARRY)
