@@ -120,7 +120,7 @@ class BenchNightlyChaosRecord(Record):
         return [
             *lines,
             f"  reader      {self.num_polls:,} polls: {self.num_torn:,} torn files, {self.num_twice:,} images twice, "
-            f"{self.num_shrunk:,} rows lost",
+            f"{self.num_shrunk:,} times fewer rows than before",
             f"  rows        {self.num_missing:,} missing, {self.num_extra:,} too many, "
             "against those of an undisturbed run",
             f"Chaos: {self.output}",
