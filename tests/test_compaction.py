@@ -21,7 +21,7 @@ from catdog import schema, storage
 from catdog.bench.polling import Reader
 from catdog.config import CompactConfig
 from catdog.errors import OutputClaimedError, OutputRefusedError, StorageError
-from catdog.inference import compaction, verify
+from catdog.inference import compaction, journals, verify
 from catdog.inference.compaction import CompactRecord, compact, paused
 from catdog.inference.journals import read_journals
 from catdog.schema import PREDICTIONS_SCHEMA
@@ -116,6 +116,20 @@ def test_what_is_merged_is_left_alone_and_its_sources_go_an_hour_later(
     assert compacted(output).num_deleted == 0
     assert rows_of(output) == before
     assert verify(output).differences == []
+
+
+def test_a_year_of_nights_leaves_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = str(tmp_path)
+    monkeypatch.setattr(compaction, "GRACE_S", 0.0)
+    for night in range(15):
+        write_parts(output, 2, 4, run=f"night{night:02}")
+        compacted(output, target_rows=30)
+    assert len(read_journals(output)) <= compaction._MAX_CLEARED + 1
+    gone = journals.merged_away(read_journals(output))
+    assert gone >= {f"part-night{night:02}{part:06x}.parquet" for night in range(14) for part in (0, 1)}
+    compacted(output, target_rows=30)
+    assert len(list(tmp_path.glob("part-*"))) == len(sizes(output)) < 9
+    assert sum(sizes(output)) == 15 * 8
 
 
 def test_parts_grow_to_the_target_and_no_further(tmp_path: Path) -> None:

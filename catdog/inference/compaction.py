@@ -58,6 +58,9 @@ LARGE: Final = 0.5
 """Share of the target's rows from which on a part counts as large, and is left alone. A collection that grows by a
 tenth of the target in every night is thus rewritten five times at most."""
 
+_MAX_CLEARED: Final = 8
+"""With more journals than that, of which nothing is left to do, they are made one."""
+
 _PLAN: Final = re.compile(r"(.+)\.plan-\d+\.parquet")
 _ROW_GROUP_ROWS: Final = 100_000
 _WRITERS: Final = 16
@@ -212,7 +215,20 @@ def _clear(output: str) -> int:
             _each(lambda name: storage.delete(storage.join(output, name)), empty)
             num_deleted += len(empty)
             replace(journal, state="cleared").publish(output)
+    _unite([journal for journal in read_journals(output) if journal.state == "cleared"], output)
     return num_deleted
+
+
+def _unite(cleared: Sequence[Journal], output: str) -> None:
+    """Put journals of which nothing is left to do into one, if there are many: every run reads them all."""
+    if len(cleared) <= _MAX_CLEARED:
+        return
+    last = cleared[-1]
+    sources = {part: rows for journal in cleared for part, rows in journal.sources.items()}
+    targets = {part: rows for journal in cleared for part, rows in journal.targets.items() if part not in sources}
+    replace(last, sources=sources, targets=targets).publish(output)
+    for journal in cleared[:-1]:
+        storage.delete(storage.join(output, COMPACT_NAME, f"{journal.id}.json"))
 
 
 def _small_parts(output: str, target_rows: int) -> tuple[list[_Part], Counter[str]]:
