@@ -91,6 +91,11 @@ _SYSTEM: Final = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN"})
 """What macOS adds to an archive, the folders in which a Synology keeps small copies of photographs, and bins."""
 
 
+_MAYBE_HIDDEN: Final = re.compile(rf"(?:^|/)(?:\.|{'|'.join(map(re.escape, sorted(_SYSTEM)))})")
+
+
 def is_hidden(path: str) -> bool:
     """Whether a name in a path starts with a dot, or is a folder of a system's own. `.` and `..` hide nothing."""
+    if _MAYBE_HIDDEN.search(path) is None:
+        return False
     return any((part.startswith(".") and part not in (".", "..")) or part in _SYSTEM for part in path.split("/"))
