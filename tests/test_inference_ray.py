@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from catdog.errors import BundleError, CatdogError, StorageError
 from catdog.inference import RunRecord, executors, predict, verify
 from catdog.inference.books import Books
 from catdog.inference.plan import Slice
+from catdog.inference.work import SliceResult
 
 pytestmark = pytest.mark.slow
 
@@ -81,6 +83,55 @@ def test_an_actors_error_is_the_jobs_error(tmp_path: Path, model: str) -> None:
                     "ray", job, bundle.load(model), [Slice(part="part-x.parquet", files=[], known=[])], None, 1, None
                 )
             )
+
+
+def exported_by_ray() -> list[str]:
+    """The lines that Ray's nodes give to Prometheus."""
+    import ray
+
+    lines = []
+    for node in ray.nodes():
+        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            lines += answer.read().decode().splitlines()
+    return lines
+
+
+@pytest.mark.usefixtures("embedded_ray")
+def test_actors_count_for_rays_dashboard() -> None:
+    import ray
+
+    def count() -> None:
+        from catdog.inference.ray_figures import Figures
+
+        result = SliceResult(
+            part="part-x.parquet",
+            is_retry=False,
+            is_published=True,
+            already_done=0,
+            labels={"cat": 3},
+            errors={"truncated": 2},
+            needs_review=1,
+            num_bytes=1,
+            decode_s=1.5,
+            score_s=2.5,
+            engine="says",
+            publish_s=0.0,
+        )
+        Figures().add(result)
+        time.sleep(30)  # Ray exports every few seconds, and forgets processes that have ended
+
+    counting = ray.remote(count).options(num_cpus=0).remote()
+    expected = {('Outcome="ok"', 3.0), ('Outcome="error"', 2.0), ('Stage="decode"', 1.5), ('Stage="score"', 2.5)}
+    found: set[tuple[str, float]] = set()
+    deadline = time.monotonic() + 120
+    while not expected <= found and time.monotonic() < deadline:
+        for line in exported_by_ray():
+            if line.startswith(("ray_catdog_images_total{", "ray_catdog_stage_seconds_total{")):
+                found |= {(tag, float(line.rpartition(" ")[2])) for tag, _ in expected if tag in line}
+        time.sleep(0.2)
+    ray.cancel(counting, force=True)
+    assert expected <= found
 
 
 @pytest.mark.usefixtures("embedded_ray")
