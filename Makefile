@@ -30,7 +30,7 @@ check: $(INSTALLED)
 default-model: $(INSTALLED)
 	$(BIN)/catdog prepare --images '$(IMAGES)' --output build/data
 	$(BIN)/catdog train --data build/data --output build/model --arch efficientnet_lite2 --num-workers 2
-	cp build/model/*.json build/model/*.keras build/model/*.csv build/model/*.png catdog/default_model/
+	cp build/model/*.json build/model/*.keras build/model/*.npz build/model/*.csv build/model/*.png catdog/default_model/
 	cp build/model/openvino/* catdog/default_model/openvino/
 	rm catdog/default_model/train.json
 

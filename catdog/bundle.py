@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from catdog import openvino_ir, provenance, scratch, storage
+from catdog import neither, openvino_ir, provenance, scratch, storage
 from catdog.errors import BundleError, StorageError
 from catdog.images import RESIZE_RULE
+from catdog.neither import Gauge
 from catdog.openvino_ir import IR
 from catdog.schema import CLASS_NAMES
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 CARD_NAME: Final = "bundle.json"
 MODEL_NAME: Final = "model.keras"
+NEITHER_NAME: Final = "neither.npz"
+"""The arrays of `catdog.neither.Gauge`, where the bundle has a score."""
+
 IR_NAME: Final = "openvino/{weights}.{suffix}"
 """OpenVINO's files: `weights` is `float` or `int8`, `suffix` one of `catdog.openvino_ir.SUFFIXES`."""
 
@@ -69,7 +73,17 @@ def _is_int8(value: object) -> bool:
         return True
     if not isinstance(value, dict) or not isinstance(value.get("is_accepted"), bool):
         return False
-    return not value["is_accepted"] or all(_FIELDS[name][1](value.get(name)) for name in _CALIBRATION)
+    return not value["is_accepted"] or all(_FIELDS[name][1](value.get(name)) for name in (*_CALIBRATION, "neither"))
+
+
+def _is_neither(value: object) -> bool:
+    """Whether this is nothing, or what `catdog.neither` says of a score."""
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not _is_number(value.get("threshold")):
+        return False
+    golden = value.get("golden_scores")
+    return isinstance(golden, list) and bool(golden) and all(map(_is_number, golden))
 
 
 _CALIBRATION: Final = ("temperature", "review_threshold", "golden_logits")
@@ -81,6 +95,7 @@ _FIELDS: Final[dict[str, tuple[str, Callable[[Any], bool]]]] = {
     "review_threshold": ("a number of at least 0", lambda value: _is_number(value) and value >= 0),
     "golden_logits": ("a list of numbers", lambda value: isinstance(value, list) and all(map(_is_number, value))),
     "int8": (f"null, or an object with is_accepted and, if that is true, {', '.join(_CALIBRATION)}", _is_int8),
+    "neither": ("null, or an object with threshold, a number, and golden_scores, a list of numbers", _is_neither),
     "files": ("an object of names within the bundle, each with its sha256", _is_file_list),
 }
 """The fields that a card must have besides the fixed ones: name → (rule, function that tests a value for it)."""
@@ -123,6 +138,11 @@ class Bundle:
         """The logits of `golden_images` when the model was saved, to 4 decimals: in int8, or else in float32."""
         return [float(logit) for logit in self._calibrated(arithmetic)["golden_logits"]]
 
+    def neither(self, arithmetic: Arithmetic) -> dict[str, Any] | None:
+        """What the card says of the score that tells what is neither a cat nor a dog; None if the bundle has none."""
+        found: dict[str, Any] | None = self._calibrated(arithmetic).get("neither")
+        return found
+
     def _calibrated(self, arithmetic: Arithmetic) -> dict[str, Any]:
         if arithmetic != "int8":
             return self.card
@@ -161,6 +181,7 @@ def save(
     card: dict[str, Any],
     *,
     irs: Mapping[Weights, IR] | None = None,
+    gauge: Gauge | None = None,
     extra_files: dict[str, bytes] | None = None,
 ) -> str:
     """Write a bundle. Its card is written last: a directory without a card is no bundle.
@@ -170,6 +191,7 @@ def save(
         model: a model that `catdog.architectures.exported` made. It is saved with the card's temperature in it.
         card: `image_size`, `temperature`, `review_threshold`, and any other fields that describe the model.
         irs: OpenVINO's models, if they are there already; the float one is made if not.
+        gauge: what computes the score, if the card has `neither`.
         extra_files: name → content of further files, which the card will list.
 
     Returns:
@@ -178,7 +200,9 @@ def save(
     from catdog.architectures import logits_model
 
     files = {MODEL_NAME: keras_file(model, card["temperature"]), **(extra_files or {})}
-    files |= ir_files(irs or {"float": openvino_ir.float_ir(model, card["image_size"])})
+    files |= ir_files(irs or {"float": openvino_ir.gauged(openvino_ir.float_ir(model, card["image_size"]), gauge)})
+    if gauge is not None:
+        files[NEITHER_NAME] = gauge.encoded()
     images_BHWC = golden_images(card["image_size"])
     logits_B = np.asarray(logits_model(model)(images_BHWC.astype("float32"), training=False))[:, 0]
     full_card = {
@@ -189,6 +213,25 @@ def save(
         "golden_logits": [round(float(logit), 4) for logit in logits_B],
     }
     return write(url, full_card, files)
+
+
+def golden_scores(model: keras.Model, gauge: Gauge | None, image_size: int) -> npt.NDArray[np.float32] | None:
+    """The scores of `golden_images`, computed in float32 by a model that `catdog.architectures.exported` made.
+
+    None without a gauge.
+    """
+    if gauge is None:
+        return None
+    from catdog.architectures import scoring_network
+
+    found = scoring_network(model)
+    assert found is not None, "a gauge comes from features"
+    network, is_mirrored = found
+    images_BHWC = golden_images(image_size).astype("float32")
+    features_BF = np.asarray(network(images_BHWC, training=False)[1])
+    if is_mirrored:
+        features_BF = (features_BF + np.asarray(network(images_BHWC[:, :, ::-1], training=False)[1])) / 2
+    return gauge.scores(features_BF)
 
 
 def keras_file(model: keras.Model, temperature: float) -> bytes:
@@ -296,6 +339,19 @@ def _cached(path: Path, data: bytes) -> Path:
     if not path.exists() or path.read_bytes() != data:
         storage.publish_bytes(str(path), data)
     return path
+
+
+def load_gauge(bundle: Bundle) -> Gauge | None:
+    """What computes the bundle's score; None if it has none.
+
+    Raises:
+        BundleError: its file is missing or damaged.
+    """
+    if bundle.card.get("neither") is None:
+        return None
+    if NEITHER_NAME not in bundle.paths:
+        raise BundleError(f"a bundle with a score must have {NEITHER_NAME}. Received: {bundle.url} without it")
+    return neither.decoded(bundle.paths[NEITHER_NAME].read_bytes(), f"{bundle.url}: {NEITHER_NAME}")
 
 
 def load_model(bundle: Bundle) -> keras.Model:

@@ -1,4 +1,4 @@
-"""Giving an older bundle the files of its engines, or a bundle's int8 model another judgement."""
+"""Giving an older bundle the files of its engines and a score, or a bundle's int8 model another judgement."""
 
 import time
 from collections.abc import Iterator
@@ -11,9 +11,10 @@ import pyarrow as pa
 
 from catdog import bundle, hardware, metrics, openvino_ir, quantization, storage
 from catdog.config import ConvertConfig
-from catdog.dataset import iter_split, load_info
+from catdog.dataset import DatasetInfo, iter_split, load_info
 from catdog.errors import DatasetError, ImageError, UsageError
 from catdog.images import decode
+from catdog.neither import Gauge
 from catdog.quantization import Int8Card
 from catdog.records import Record
 
@@ -66,15 +67,21 @@ def convert(config: ConvertConfig) -> ConversionRecord:
     hardware.configure_tensorflow(num_threads=hardware.num_cores(), num_parallel=1, use_gpu=False)
     network = bundle.load_model(model)
     ir = openvino_ir.float_ir(network, model.image_size)
-    irs: dict[bundle.Weights, openvino_ir.IR] = {"float": ir}
-    int8 = None
+    gauge = bundle.load_gauge(model)
+    int8, score = None, model.card.get("neither")
     if config.data is not None:
-        int8 = _quantized(ir, model, config.data)
-        if int8.card["is_accepted"]:
-            irs["int8"] = int8.ir
+        info = _info(config.data)
+        gauge = gauge or quantization.fitted_gauge(ir, model.image_size, _batches(info, "train", model.image_size))
+        int8 = _quantized(ir, model, info, gauge)
+        score = int8.neither_card(gauge, bundle.golden_scores(network, gauge, model.image_size))
+    irs: dict[bundle.Weights, openvino_ir.IR] = {"float": openvino_ir.gauged(ir, gauge)}
+    if int8 is not None and int8.card["is_accepted"]:
+        irs["int8"] = int8.ir
     made = {*bundle.ir_names("float").values(), *bundle.ir_names("int8").values()}
     kept = {name: path.read_bytes() for name, path in model.paths.items() if name not in made}
-    card: dict[str, Any] = model.card | {"int8": None if int8 is None else int8.card}
+    card: dict[str, Any] = model.card | {"int8": None if int8 is None else int8.card, "neither": score}
+    if gauge is not None:
+        kept[bundle.NEITHER_NAME] = gauge.encoded()
     kept[bundle.MODEL_NAME] = bundle.keras_file(network, model.temperature("float32"))
     model_id = bundle.write(output, card, kept | bundle.ir_files(irs))
     return ConversionRecord(
@@ -87,24 +94,37 @@ def convert(config: ConvertConfig) -> ConversionRecord:
     )
 
 
-def _quantized(ir: openvino_ir.IR, model: bundle.Bundle, data: str) -> quantization.Quantized:
+def _info(data: str) -> DatasetInfo:
     info = load_info(data)
     for split in ("train", "val"):
         if not info.num_images(split):
             raise UsageError(f"--data must hold images in the splits train and val. Received: none in {split}")
+    return info
 
-    def batches(split: str) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.integer]]]:
-        for batch in iter_split(info, split, ["uri", "image", "label"], batch_size=_BATCH_SIZE):
-            yield _pixels(batch, model.image_size), batch["label"].to_numpy()
 
+def _batches(info: DatasetInfo, split: str, size: int) -> Iterator[quantization.LabelledBatch]:
+    for batch in iter_split(info, split, ["uri", "image", "label"], batch_size=_BATCH_SIZE):
+        yield _pixels(batch, size), batch["label"].to_numpy()
+
+
+def _quantized(
+    ir: openvino_ir.IR, model: bundle.Bundle, info: DatasetInfo, gauge: Gauge | None
+) -> quantization.Quantized:
     photographs: list[npt.NDArray[np.uint8]] = []
-    for images_BSSC, _ in batches("train"):
+    for images_BSSC, _ in _batches(info, "train", model.image_size):
         photographs.extend(images_BSSC)
         if len(photographs) >= quantization.NUM_PHOTOGRAPHS:
             break
     precision = model.card.get("training_config", {}).get("review_precision", _REVIEW_PRECISION)
     photographs = photographs[: quantization.NUM_PHOTOGRAPHS]
-    return quantization.quantized(ir, model.image_size, photographs, lambda: batches("val"), review_precision=precision)
+    return quantization.quantized(
+        ir,
+        model.image_size,
+        photographs,
+        lambda: _batches(info, "val", model.image_size),
+        review_precision=precision,
+        gauge=gauge,
+    )
 
 
 def _pixels(batch: pa.RecordBatch, size: int) -> npt.NDArray[np.uint8]:

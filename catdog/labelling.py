@@ -20,7 +20,7 @@ import numpy.typing as npt
 from catdog import calibration, hardware, provenance
 from catdog.bundle import Bundle
 from catdog.config import EngineName
-from catdog.engines import Engine, load_engine
+from catdog.engines import Engine, Outputs, load_engine
 from catdog.errors import BundleError, ImageError
 from catdog.images import DecodedImage, decode
 from catdog.schema import CLASS_NAMES
@@ -207,21 +207,23 @@ class Labeller:
         Raises:
             BundleError: the model gives a logit that is not a finite number.
         """
-        logits_B = self.engine.predict(decoded.pixels_BHWC)
-        if not np.isfinite(logits_B).all():
-            raise BundleError(f"{self.bundle.url}: the model must give finite numbers. Received: {logits_B}")
+        outputs = self.engine.predict(decoded.pixels_BHWC)
+        logits_B = outputs.logits_B
+        for output_B in outputs:
+            if output_B is not None and not np.isfinite(output_B).all():
+                raise BundleError(f"{self.bundle.url}: the model must give finite numbers. Received: {output_B}")
         temperature = self.bundle.temperature(self.engine.arithmetic)
         threshold = self.bundle.review_threshold(self.engine.arithmetic)
         prob_cat_B = calibration.probabilities(-logits_B, temperature).tolist()
         prob_dog_B = calibration.probabilities(logits_B, temperature).tolist()
-        scored = iter(zip(prob_cat_B, prob_dog_B, strict=True))
+        scored = iter(zip(prob_cat_B, prob_dog_B, self._are_neither(outputs), strict=True))
         verdicts = []
         for verdict in decoded.verdicts:
             if verdict.error_code is None:
-                prob_cat, prob_dog = next(scored)
+                prob_cat, prob_dog, is_neither = next(scored)
                 is_dog = prob_dog >= prob_cat
                 confidence = prob_dog if is_dog else prob_cat
-                reason = _review_reason(verdict, is_unsure=confidence < threshold)
+                reason = _review_reason(verdict, is_neither=is_neither, is_unsure=confidence < threshold)
                 verdict = replace(
                     verdict,
                     label=CLASS_NAMES[is_dog],
@@ -233,11 +235,20 @@ class Labeller:
             verdicts.append(verdict)
         return verdicts
 
+    def _are_neither(self, outputs: Outputs) -> list[bool]:
+        """Whether each image looks like neither a cat nor a dog."""
+        neither = self.bundle.neither(self.engine.arithmetic)
+        if neither is None or outputs.neither_B is None:
+            return [False] * len(outputs.logits_B)
+        return [score > neither["threshold"] for score in outputs.neither_B.tolist()]
 
-def _review_reason(verdict: Verdict, *, is_unsure: bool) -> str | None:
+
+def _review_reason(verdict: Verdict, *, is_neither: bool, is_unsure: bool) -> str | None:
     """Why a person should look at an image: the first of `REVIEW_REASONS` that holds, or None."""
     if verdict.remark is not None:
         return "damaged"
+    if is_neither:
+        return "neither"
     return "unsure" if is_unsure else None
 
 

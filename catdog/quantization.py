@@ -6,15 +6,17 @@ Shapes: `B` images in a batch, `S` pixels per side.
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final, TypedDict
+from typing import Any, Final, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
-from catdog import calibration, hardware, metrics, openvino_ir
+from catdog import calibration, hardware, metrics, neither, openvino_ir
 from catdog.bundle import golden_images
+from catdog.engines import Outputs
 from catdog.engines.openvino import OpenVINOEngine
 from catdog.metrics import Estimate
+from catdog.neither import Gauge, NeitherCard
 from catdog.openvino_ir import IR
 
 NUM_PHOTOGRAPHS: Final = 300
@@ -34,7 +36,13 @@ _RULE: Final = (
     f"accuracy at most {100 * MAX_ACCURACY_LOSS:g} points lower, log loss at most {MAX_LOG_LOSS_RATIO - 1:.0%} higher"
 )
 
-Batches = Callable[[], Iterable[tuple[npt.NDArray[np.uint8], npt.NDArray[np.integer]]]]
+NUM_FITTED: Final = 4000
+"""Number of photographs of the training split to whose features a gauge is fitted: three for each of 1,280 features."""
+
+LabelledBatch = tuple[npt.NDArray[np.uint8], npt.NDArray[np.integer]]
+"""Images, uint8 (B, S, S, 3), with their labels."""
+
+Batches = Callable[[], Iterable[LabelledBatch]]
 """Returns the validation split in batches, uint8 (B, S, S, 3), with their labels."""
 
 
@@ -61,6 +69,9 @@ class Int8Card(TypedDict):
     temperature: float
     review_threshold: float
     golden_logits: list[float]
+    neither: NeitherCard | None
+    """Of the score, where the bundle has one."""
+
     validation: Figures
     float_validation: Figures
     """As `validation`, of the model with float weights, on the same machine."""
@@ -75,6 +86,48 @@ class Quantized:
 
     ir: IR
     card: Int8Card
+    float_scores_N: npt.NDArray[np.float32] | None  # noqa: N815
+    """The scores that the model with float weights gives the validation split."""
+
+    def neither_card(self, gauge: Gauge | None, golden_B: npt.NDArray[np.float32] | None) -> dict[str, Any] | None:
+        """What the card says of the score for float weights; None without a gauge.
+
+        Args:
+            gauge: as for `quantized`.
+            golden_B: `catdog.bundle.golden_scores`.
+        """
+        if gauge is None or golden_B is None or self.float_scores_N is None:
+            return None
+        return {"kind": gauge.kind, **neither.measured(self.float_scores_N, golden_B)}
+
+
+def fitted_gauge(ir: IR, image_size: int, photographs: Iterable[LabelledBatch]) -> Gauge | None:
+    """A gauge of the kind `distance` for a model.
+
+    Args:
+        ir: the model with float weights.
+        image_size: pixels per side, `S`.
+        photographs: the training split in batches; the first `NUM_FITTED` images are used.
+
+    Returns:
+        None if the model gives no features, or numbers that are too large.
+    """
+    with_features = openvino_ir.with_features(ir)
+    if with_features is None:
+        return None
+    num_parallel = hardware.num_cores()
+    engine = OpenVINOEngine(with_features, image_size, is_int8=False, num_parallel=num_parallel)
+    features: list[npt.NDArray[np.float32]] = []
+    labels: list[npt.NDArray[np.integer]] = []
+    with ThreadPoolExecutor(num_parallel) as pool:
+        for images_BSSC, labels_B in photographs:
+            labels.append(labels_B)
+            parts = [part for part in np.array_split(images_BSSC, num_parallel) if len(part)]
+            features += [outputs[1] for outputs in pool.map(engine.outputs, parts)]
+            if sum(map(len, labels)) >= NUM_FITTED:
+                break
+    features_NF = np.concatenate(features)
+    return neither.of_distance(features_NF, np.concatenate(labels)) if np.isfinite(features_NF).all() else None
 
 
 def quantized(
@@ -84,25 +137,27 @@ def quantized(
     validation: Batches,
     *,
     review_precision: float,
+    gauge: Gauge | None = None,
 ) -> Quantized:
     """Quantize a model, and compare it with what it was on the validation split.
 
     Args:
-        ir: the model with float weights.
+        ir: the model with float weights, without a score.
         image_size: pixels per side, `S`.
         photographs: of the training split, SSC; `NUM_PHOTOGRAPHS` are enough.
         validation: the validation split.
         review_precision: as for `catdog.calibration.fit`.
+        gauge: what computes the score, if the bundle is to have one.
     """
     num_parallel = hardware.num_cores()
     held = list(photographs)
-    before_engine = OpenVINOEngine(ir, image_size, is_int8=False, num_parallel=num_parallel)
-    labels_N, logits_N = _logits(before_engine, validation(), num_parallel)
+    before_engine = OpenVINOEngine(openvino_ir.gauged(ir, gauge), image_size, is_int8=False, num_parallel=num_parallel)
+    labels_N, logits_N, float_scores_N = _outputs(before_engine, validation(), num_parallel)
     before = _figures(labels_N, logits_N)
     for num_float in NUM_FLOAT:
-        made = openvino_ir.quantized_ir(ir, held, num_float=num_float)
+        made = openvino_ir.gauged(openvino_ir.quantized_ir(ir, held, num_float=num_float), gauge)
         engine = OpenVINOEngine(made, image_size, is_int8=True, num_parallel=num_parallel)
-        labels_N, logits_N = _logits(engine, validation(), num_parallel)
+        labels_N, logits_N, scores_N = _outputs(engine, validation(), num_parallel)
         after = _figures(labels_N, logits_N)
         is_accepted = (
             after["accuracy"]["value"] >= before["accuracy"]["value"] - MAX_ACCURACY_LOSS
@@ -111,33 +166,44 @@ def quantized(
         if is_accepted:
             break
     calibrated = calibration.fit(labels_N, logits_N, review_precision=review_precision)
+    golden = engine.predict(golden_images(image_size))
     card = Int8Card(
         is_accepted=is_accepted,
         rule=_RULE,
         num_float=num_float,
         temperature=calibrated.temperature,
         review_threshold=calibrated.review_threshold,
-        golden_logits=[round(float(logit), 4) for logit in engine.predict(golden_images(image_size))],
+        golden_logits=[round(float(logit), 4) for logit in golden.logits_B],
+        neither=_score_card(scores_N, golden),
         validation=after,
         float_validation=before,
         float_arithmetic=before_engine.arithmetic,
     )
-    return Quantized(made, card)
+    return Quantized(made, card, float_scores_N)
 
 
-def _logits(
+def _score_card(scores_N: npt.NDArray[np.float32] | None, golden: Outputs) -> NeitherCard | None:
+    return None if scores_N is None or golden.neither_B is None else neither.measured(scores_N, golden.neither_B)
+
+
+def _outputs(
     engine: OpenVINOEngine,
-    batches: Iterable[tuple[npt.NDArray[np.uint8], npt.NDArray[np.integer]]],
+    batches: Iterable[LabelledBatch],
     num_parallel: int,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """The labels, and the engine's logits, of images in batches."""
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
+    """The labels of images in batches, and the engine's logits and scores."""
     labels: list[npt.NDArray[np.integer]] = []
-    logits: list[npt.NDArray[np.float32]] = []
+    outputs: list[Outputs] = []
     with ThreadPoolExecutor(num_parallel) as pool:
         for images_BSSC, labels_B in batches:
             labels.append(labels_B)
-            logits += pool.map(engine.predict, np.array_split(images_BSSC, num_parallel))
-    return np.concatenate(labels).astype(np.int64), np.concatenate(logits)
+            outputs += pool.map(engine.predict, np.array_split(images_BSSC, num_parallel))
+    scores = [each.neither_B for each in outputs if each.neither_B is not None]
+    return (
+        np.concatenate(labels).astype(np.int64),
+        np.concatenate([each.logits_B for each in outputs]),
+        np.concatenate(scores) if scores else None,
+    )
 
 
 def _figures(labels_N: npt.NDArray[np.int64], logits_N: npt.NDArray[np.float32]) -> Figures:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from catdog import bundle, drawings, storage
 from catdog.architectures import LOGITS_LAYER, build_model, exported
 from catdog.bundle import Arithmetic
+from catdog.engines import Outputs
 from catdog.inference.work import Job
 from catdog.schema import CLASS_NAMES
 
@@ -48,16 +49,17 @@ def save_model(url: str, seed: int = 0) -> str:
 
 
 class Says:
-    """An engine that gives these logits, whatever it is shown."""
+    """An engine that gives these logits and scores, whatever it is shown."""
 
     name = "says"
     arithmetic: Arithmetic = "float32"
 
-    def __init__(self, *logits: float) -> None:
+    def __init__(self, *logits: float, scores: Sequence[float] | None = None) -> None:
         self.logits_B = np.array(logits, np.float32)
+        self.scores_B = None if scores is None else np.array(scores, np.float32)
 
-    def predict(self, images_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        return self.logits_B
+    def predict(self, images_BHWC: npt.NDArray[np.uint8]) -> Outputs:
+        return Outputs(self.logits_B, self.scores_B)
 
 
 def job_of(output: Path | str, model: str, claim: storage.Claim, **changes: Any) -> Job:

@@ -9,7 +9,7 @@ import pytest
 from dataset_case import row_of, write_splits
 from inference_case import encoded_drawings, save_model
 
-from catdog import architectures, bundle, calibration, conversion, quantization
+from catdog import architectures, bundle, calibration, conversion, neither, quantization
 from catdog.cli import main
 from catdog.config import ConvertConfig, EvaluateConfig
 from catdog.conversion import ConversionRecord
@@ -82,7 +82,7 @@ def test_an_accepted_int8_model_labels(old: Path, data: str, judgement: Any, tmp
     assert record.previous_model_id == before.model_id
     assert record.model_id == after.model_id
     assert len({before.model_id, after.model_id}) == 2
-    assert files(old) == {bundle.CARD_NAME, bundle.MODEL_NAME} | FLOAT | INT8
+    assert files(old) == {bundle.CARD_NAME, bundle.MODEL_NAME, bundle.NEITHER_NAME} | FLOAT | INT8
     pictures_BHWC = bundle.golden_images(before.image_size).astype("float32")
     logits_B = np.asarray(architectures.logits_model(network)(pictures_BHWC))[:, 0]
     prob_dog_B = np.asarray(bundle.load_model(after)(pictures_BHWC))[:, 0]
@@ -94,6 +94,10 @@ def test_an_accepted_int8_model_labels(old: Path, data: str, judgement: Any, tmp
     assert after.int8 == {**record.int8}
     assert after.int8["num_float"] == quantization.NUM_FLOAT[0]
     assert after.int8["validation"]["num_images"] == NUM["val"]
+    for arithmetic in ("float32", "int8"):
+        score = after.neither(arithmetic)
+        assert score is not None
+        assert score["flagged"]["value"] <= neither.MAX_FLAGGED
     engine = load_engine(after)
     assert (engine.name, engine.arithmetic) == ("openvino", "int8")
     assert "int8       made" in "\n".join(record.summary())
@@ -120,7 +124,7 @@ def test_a_refused_int8_model_is_left_out_and_its_figures_are_kept(
     record = convert(old, data=data, output=str(tmp_path / "new"))
     assert files(old) == kept  # the original stays
     after = bundle.load(str(tmp_path / "new"))
-    assert files(tmp_path / "new") == {bundle.CARD_NAME, bundle.MODEL_NAME} | FLOAT
+    assert files(tmp_path / "new") == {bundle.CARD_NAME, bundle.MODEL_NAME, bundle.NEITHER_NAME} | FLOAT
     assert after.int8 is None
     assert after.card["int8"]["num_float"] == quantization.NUM_FLOAT[-1]  # the last that was tried
     assert {*after.card["int8"]["validation"]} == {"num_images", "accuracy", "log_loss"}
@@ -131,8 +135,10 @@ def test_a_refused_int8_model_is_left_out_and_its_figures_are_kept(
 def test_without_data_there_is_no_int8_model(old: Path, judgement: Any, data: str) -> None:
     judgement(accept=True)
     convert(old, data=data)
+    score = bundle.load(str(old)).neither("float32")
     record = convert(old)
     assert record.int8 is None
+    assert bundle.load(str(old)).neither("float32") == score is not None
     assert bundle.load(str(old)).int8 is None
     assert load_engine(bundle.load(str(old))).name == "openvino"
     assert "not made: it needs --data" in "\n".join(record.summary())

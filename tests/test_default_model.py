@@ -55,6 +55,19 @@ def predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[P
 
 
 @pytest.mark.slow
+def test_photographs_of_other_things_need_review(
+    predicted: Callable[[Path], list[dict[str, Any]]], shared_data: Path, tmp_path: Path
+) -> None:
+    pictures = tmp_path / "pictures"
+    with zipfile.ZipFile(shared_data / "neither.zip") as archive:
+        members = sorted(name for name in archive.namelist() if not name.endswith("/"))
+        archive.extractall(pictures, members[:: 2 * len(members) // (2 * NUM_PHOTOGRAPHS)])
+    rows = predicted(pictures)
+    assert len(rows) >= NUM_PHOTOGRAPHS
+    assert sum(row["review_reason"] in ("neither", "unsure") for row in rows) / len(rows) >= 0.85
+
+
+@pytest.mark.slow
 def test_predict_without_a_model_takes_it(predicted: Callable[[Path], list[dict[str, Any]]], tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()

@@ -1,5 +1,6 @@
 """`catdog.labelling`: what a verdict says, what does not change it, and how many images are held at a time."""
 
+import dataclasses
 import functools
 import io
 import subprocess
@@ -17,6 +18,7 @@ from PIL import Image
 
 from catdog import labelling
 from catdog.bundle import Arithmetic, Bundle
+from catdog.engines import Outputs
 from catdog.errors import BundleError, ImageError, StorageError
 from catdog.images import decode
 from catdog.labelling import Contents, Labelled, Labeller, Verdict
@@ -32,9 +34,15 @@ class Brightness:
     name = "brightness"
     arithmetic: Arithmetic = "float32"
 
-    def predict(self, images_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def predict(self, images_BHWC: npt.NDArray[np.uint8]) -> Outputs:
         logits_B: npt.NDArray[np.float32] = ((images_BHWC.mean(axis=(1, 2, 3)) - 100) / 10).astype(np.float32)
-        return logits_B
+        return Outputs(logits_B, None)
+
+
+def encoded(pixels_HWC: npt.NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels_HWC).save(file, "JPEG")
+    return file.getvalue()
 
 
 @pytest.fixture
@@ -81,14 +89,25 @@ def test_what_a_logit_means(bundle: Bundle) -> None:
 
 def test_why_a_person_should_look(bundle: Bundle) -> None:
     grain = np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)
-    with io.BytesIO() as file:
-        Image.fromarray(grain).save(file, "JPEG")
-        cut = file.getvalue()[:-1000]  # a tenth of its rows may be missing
+    cut = encoded(grain)[:-1000]  # a tenth of its rows may be missing
     with Labeller(bundle, Says(-3.0, 0.3, -3.0, 0.3)) as labeller:
         verdicts = labeller.label([*PICTURES[:2], cut, cut])
     assert [verdict.review_reason for verdict in verdicts] == [None, "unsure", "damaged", "damaged"]
     assert [verdict.needs_review for verdict in verdicts] == [False, True, True, True]
     assert all(verdict.remark for verdict in verdicts[2:])
+
+
+def test_what_looks_like_neither_needs_review(bundle: Bundle) -> None:
+    grain = np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)
+    pictures = [*PICTURES[:3], encoded(grain)[:-1000]]
+    knowing = dataclasses.replace(bundle, card=bundle.card | {"neither": {"threshold": 2.5, "golden_scores": [0.0]}})
+    engine = Says(-3.0, 0.3, -3.0, -3.0, scores=(2.6, 2.6, 2.5, 9.0))
+    with Labeller(knowing, engine) as labeller:
+        verdicts = labeller.label(pictures)
+    assert [verdict.review_reason for verdict in verdicts] == ["neither", "neither", None, "damaged"]
+    assert [verdict.label for verdict in verdicts] == ["cat", "dog", "cat", "cat"]
+    with Labeller(bundle, engine) as labeller:
+        assert [verdict.review_reason for verdict in labeller.label(pictures)] == [None, "unsure", None, "damaged"]
 
 
 def test_a_bad_image_is_a_verdict_and_disturbs_no_other(labeller: Labeller) -> None:

@@ -21,7 +21,7 @@ LAYERS = [
     {"tiff"},
     {"images"},
     {"metrics"},
-    {"calibration"},
+    {"calibration", "neither"},
     {"records"},
     {"report"},
     {"architectures"},

@@ -15,6 +15,7 @@ from PIL import Image
 from serving_case import Running, running
 from tritonclient.utils import InferenceServerException
 
+from catdog.engines import Outputs
 from catdog.serving import saliency
 
 pytestmark = pytest.mark.slow
@@ -220,7 +221,7 @@ def test_the_activation_map_adds_up_to_the_logit(served: Running) -> None:
     assert shown.method == "class-activation-map"
     seen = [model.batcher.labeller.look(drawing).image for drawing in DRAWINGS]
     pixels = [image.pixels_HWC for image in seen if image is not None]
-    logits = model.engine.predict(np.stack(pixels))
+    logits = model.engine.predict(np.stack(pixels)).logits_B
     means = np.array([shown.heat(each).mean() for each in pixels])
     np.testing.assert_allclose(means - means[0], logits - logits[0], atol=0.3 * float(np.ptp(logits)))
     assert np.corrcoef(means, logits)[0, 1] > 0.98
@@ -233,7 +234,7 @@ class Corner:
     arithmetic = "float32"
 
     def predict(self, images_BHWC: Any) -> Any:
-        return images_BHWC[:, :12, :12].mean(axis=(1, 2, 3)).astype(np.float32)
+        return Outputs(images_BHWC[:, :12, :12].mean(axis=(1, 2, 3)).astype(np.float32), None)
 
 
 def test_occlusion_finds_what_matters() -> None:

@@ -476,6 +476,23 @@ def test_a_pretrained_backbone_is_loaded_once_and_then_is_in_the_checkpoint(
             np.testing.assert_array_equal(one, other)
 
 
+def test_the_saved_backbone_may_lie_nearer_to_the_published_one(small: None, dataset: str, tmp_path: Path) -> None:
+    published = architectures.backbone_layer(architectures.build_model("with_backbone", SIZE))
+    assert published is not None
+    data = weights_file(published, tmp_path / "backbone.weights.h5")
+    blended = config(dataset, tmp_path / "model", arch="with_backbone", weights="imagenet", pretrained_share=0.6)
+    with only_worker(blended, weights=data) as (worker, learner):
+        worker._restore()
+        backbone = architectures.backbone_layer(learner.average)
+        assert backbone is not None
+        backbone.set_weights([array + 1 for array in published.get_weights()])
+        assert worker._blend() is None  # this file has no classifier
+    for found, start in zip(backbone.get_weights(), published.get_weights(), strict=True):
+        np.testing.assert_allclose(found, start + 0.4, rtol=1e-5)
+    with pytest.raises(UsageError, match=r"^--pretrained-share needs pretrained --weights\. Received: --pretr.*=0\.6$"):
+        resolve(config(dataset, tmp_path, pretrained_share=0.6))
+
+
 def test_weights_of_another_network_are_refused_before_any_checkpoint(
     small: None, dataset: str, tmp_path: Path
 ) -> None:

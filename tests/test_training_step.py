@@ -235,6 +235,21 @@ def test_a_head_that_learns_alone_leaves_the_backbone_as_it_was() -> None:
         np.testing.assert_array_equal(array, start)
 
 
+def test_the_backbone_may_move_towards_another_model() -> None:
+    learner = learner_of("with_backbone")
+    backbone = architectures.backbone_layer(learner.average)
+    assert backbone is not None
+    published = architectures.build_model("with_backbone", SIZE)
+    published.set_weights([array + 1 for array in learner.average.get_weights()])
+    before, trained = learner.average.get_weights(), backbone.get_weights()
+    learner.blend(published, 0.25)
+    for found, was in zip(backbone.get_weights(), trained, strict=True):
+        np.testing.assert_allclose(found, was + 0.25, rtol=1e-6)
+    moved = {id(variable) for variable in backbone.weights}
+    for variable, was in zip(learner.average.weights, before, strict=True):
+        assert id(variable) in moved or np.array_equal(variable.numpy(), was)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_from_a_saved_state_the_next_steps_are_the_same_bit_for_bit(precision: str) -> None:
     learner = learner_of("mixed", precision=precision)

@@ -17,21 +17,24 @@ from catdog.architectures.models import (
     load_trained,
     logits_model,
     mirrored_network,
+    scoring_network,
 )
 from catdog.architectures.registry import ARCHITECTURES, Architecture, Recipe, architecture
-from catdog.architectures.weights import fetch_weights, load_weights, weights_source
+from catdog.architectures.weights import Classifier, classifier, fetch_weights, load_weights, weights_source
 
 __all__ = [
     "ARCHITECTURES",
     "LOGITS_LAYER",
     "PROBABILITY_LAYER",
     "Architecture",
+    "Classifier",
     "Recipe",
     "architecture",
     "backbone_layer",
     "backbone_variables",
     "build_model",
     "calibrated",
+    "classifier",
     "exported",
     "fetch_weights",
     "in_bfloat16",
@@ -39,5 +42,6 @@ __all__ = [
     "load_weights",
     "logits_model",
     "mirrored_network",
+    "scoring_network",
     "weights_source",
 ]

@@ -60,6 +60,22 @@ def logits_model(model: keras.Model) -> keras.Model:
     return keras.Model(model.input, model.get_layer(LOGITS_LAYER).output, name=f"{model.name}_logits")
 
 
+def scoring_network(model: keras.Model) -> tuple[keras.Model, bool] | None:
+    """The network of a model that `exported` made, with its logits, (B, 1), and the features that give them, (B, F).
+
+    Returns:
+        The network, which shares its weights, and whether `exported` averages its logits over an image and its mirror
+        image. None if the logits are no weighted sum of features.
+    """
+    import keras
+
+    network = mirrored_network(model)
+    last = (network or model).get_layer(LOGITS_LAYER)
+    if not isinstance(last, keras.layers.Dense):
+        return None
+    return keras.Model((network or model).input, [last.output, last.input]), network is not None
+
+
 def exported(model: keras.Model, name: str) -> keras.Model:
     """A copy of a model that `build_model(name, ...)` made, as a bundle holds it: with Keras's own layers only.
 

@@ -17,9 +17,10 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from catdog import provenance, scratch, storage
 from catdog.architectures import backbones, efficientnet_lite, torch_files
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     import keras
 
 HDF5_SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
+IMAGENET_CLASSES: Final = 1000
+IMAGENET_KIN: Final = (*range(151, 269), *range(281, 286))
+"""Of ImageNet's classes, in their usual order, the 118 kinds of dog and the 5 of domestic cat."""
+
 TIMEOUT_S: Final = 10.0
 """Longest wait for a connection, or for the next bytes, when weights are downloaded."""
 
@@ -174,6 +179,30 @@ def load_weights(model: keras.Model, name: str, data: bytes) -> None:
     if backbone.takes_bgr:
         kernel = network.weights[0]
         kernel.assign(kernel.numpy()[:, :, ::-1, :])
+
+
+class Classifier(NamedTuple):
+    """The last layer of a published network, which has a logit for each of ImageNet's 1,000 classes."""
+
+    kernel_FC: npt.NDArray[np.float32]  # noqa: N815
+    bias_C: npt.NDArray[np.float32]  # noqa: N815
+    kin: tuple[int, ...]
+    """The classes that are cats and dogs."""
+
+
+def classifier(data: bytes) -> Classifier | None:
+    """The classifier in a file of pretrained weights; None where there is none.
+
+    Args:
+        data: the content of the file, which `load_weights` has taken.
+    """
+    if not torch_files.is_torch_file(data):
+        return None  # the files of keras.applications have none
+    state = torch_files.read_state_dict(data)
+    kernel, bias = state.get("_fc.weight"), state.get("_fc.bias")
+    if kernel is None or bias is None or bias.shape != (IMAGENET_CLASSES,) or len(kernel) != IMAGENET_CLASSES:
+        return None
+    return Classifier(kernel.T, bias, IMAGENET_KIN)
 
 
 def _load_arrays(network: keras.Model, arrays: dict[str, Any]) -> None:

@@ -7,8 +7,9 @@ Shapes: `B` images in a call, `H` = `W` = the bundle's image size, `C` = 3 (RGB)
 """
 
 import importlib
+from collections.abc import Mapping, Sequence
 from importlib import util
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,10 +35,25 @@ by up to 0.1. int8: sums are exact, what lies between them is not, and a number 
 is off by as much as in bfloat16. The weights of another model change a logit by whole units."""
 
 
+SCORE_TOLERANCES: Final[dict[Arithmetic, float]] = {"float32": 0.1, "bfloat16": 1.0, "int8": 1.0}
+"""By how much a golden score may differ, as `GOLDEN_TOLERANCES`. A score is a difference of logits of many classes, or
+the logarithm of a distance, and what it is compared with is not as fine."""
+
+
+class Outputs(NamedTuple):
+    """What a model gives for images, in their order."""
+
+    logits_B: npt.NDArray[np.float32]  # noqa: N815
+    """Logits of class 1."""
+
+    neither_B: npt.NDArray[np.float32] | None  # noqa: N815
+    """Scores of `catdog.neither`; None if the bundle has none."""
+
+
 class Engine(Protocol):
     """Computes a model. It is thread-safe.
 
-    A logit depends only on its image: not on the other images of the call, their number, or other calls.
+    An output depends only on its image: not on the other images of the call, their number, or other calls.
     """
 
     @property
@@ -48,8 +64,8 @@ class Engine(Protocol):
     def arithmetic(self) -> Arithmetic:
         """Number format in which the feature maps are computed."""
 
-    def predict(self, images_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """The logits of class 1, float32 (B,), in the order of the images. Pixels are RGB, 0..255. `B` may be 0."""
+    def predict(self, images_BHWC: npt.NDArray[np.uint8]) -> Outputs:
+        """The model's outputs. Pixels are RGB, 0..255. `B` may be 0."""
 
 
 def load_engine(bundle: Bundle, name: EngineName = "auto", *, num_parallel: int = 1, use_gpu: bool = False) -> Engine:
@@ -78,12 +94,26 @@ def _chosen(bundle: Bundle, *, use_gpu: bool) -> str:
 
 
 def _check_golden(bundle: Bundle, engine: Engine) -> None:
-    """Check that the engine gives the bundle's golden logits. This also warms it up."""
-    logits_B = engine.predict(golden_images(bundle.image_size))
-    difference = float(np.max(np.abs(logits_B - np.asarray(bundle.golden_logits(engine.arithmetic)))))
-    tolerance = GOLDEN_TOLERANCES[engine.arithmetic]
-    if not difference <= tolerance:  # true of NaN as well
+    """Check that the engine gives the bundle's golden logits and scores. This also warms it up."""
+    outputs, arithmetic = engine.predict(golden_images(bundle.image_size)), engine.arithmetic
+    _check_close(bundle, "logits", outputs.logits_B, bundle.golden_logits(arithmetic), GOLDEN_TOLERANCES, arithmetic)
+    neither = bundle.neither(arithmetic)
+    if neither is not None:
+        scores_B = np.full(1, np.nan) if outputs.neither_B is None else outputs.neither_B
+        _check_close(bundle, "scores", scores_B, neither["golden_scores"], SCORE_TOLERANCES, arithmetic)
+
+
+def _check_close(
+    bundle: Bundle,
+    what: str,
+    found_B: npt.NDArray[np.floating],
+    golden_B: Sequence[float],
+    tolerances: Mapping[Arithmetic, float],
+    arithmetic: Arithmetic,
+) -> None:
+    difference = float(np.max(np.abs(found_B - np.asarray(golden_B))))
+    if not difference <= tolerances[arithmetic]:  # true of NaN as well
         raise BundleError(
-            f"{bundle.url}: the model must compute its golden logits to within {tolerance} ({engine.arithmetic}). "
-            f"Received: off by {difference:.3g} on this machine"
+            f"{bundle.url}: the model must compute its golden {what} to within {tolerances[arithmetic]} "
+            f"({arithmetic}). Received: off by {difference:.3g} on this machine"
         )

@@ -3,20 +3,23 @@
 A call computes on the calling thread's own request, on one core: OpenVINO has a stream of one thread per request.
 Threads are not pinned to cores, for two processes would pin theirs to the same ones.
 
-Images are computed up to `BATCH_SIZE` at a time. If on this CPU a logit depends on the number of images in a call, or
+Images are computed up to `BATCH_SIZE` at a time. If on this CPU an output depends on the number of images in a call, or
 on the place of an image among them, they are computed one by one.
 """
 
 import queue
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from catdog import hardware, openvino_ir
 from catdog.bundle import Arithmetic, Bundle, golden_images, ir_names
+from catdog.engines import Outputs
 from catdog.errors import BundleError, UsageError
 from catdog.openvino_ir import IR
+
+_NOTHING: Final = np.empty(0, np.float32)
 
 BATCH_SIZE: Final = 4
 """Largest number of images in a request. With 16, EfficientNet-Lite2 was 5 % faster in int8, and no faster else."""
@@ -66,6 +69,7 @@ class OpenVINOEngine:
             "ENABLE_CPU_PINNING": False,
         }
         compiled = openvino_ir.load_openvino().Core().compile_model(openvino_ir.read_ir(ir), "CPU", settings)
+        self._num_outputs = len(compiled.outputs)
         self._free: queue.SimpleQueue[object] = queue.SimpleQueue()
         for _ in range(num_parallel):
             self._free.put(compiled.create_infer_request())
@@ -75,20 +79,26 @@ class OpenVINOEngine:
             self.batch_size = 1
 
     def _ignores_batch(self, images_BHWC: npt.NDArray[np.uint8]) -> bool:
-        """Whether the last of these images gets the same logit, to the last bit, alone and in a full batch."""
-        return bool(self.predict(images_BHWC)[-1] == self.predict(images_BHWC[-1:])[0])
+        """Whether the last of these images gets the same outputs, to the last bit, alone and in a full batch."""
+        together, alone = self.outputs(images_BHWC), self.outputs(images_BHWC[-1:])
+        return all(np.array_equal(a[-1], b[-1]) for a, b in zip(together, alone, strict=True))
 
-    def predict(self, images_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def predict(self, images_BHWC: npt.NDArray[np.uint8]) -> Outputs:
         """See `catdog.engines.Engine`."""
-        logits = [np.empty(0, np.float32)]
+        logits_B, *scores = self.outputs(images_BHWC) if len(images_BHWC) else [_NOTHING] * self._num_outputs
+        return Outputs(logits_B, scores[0] if scores else None)
+
+    def outputs(self, images_BHWC: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float32]]:
+        """All outputs of the model, each with an entry for each of the images, of which there is at least one."""
+        parts = []
         request = self._free.get()
         try:
             for start in range(0, len(images_BHWC), self.batch_size):
-                logits.append(self._infer(request, images_BHWC[start : start + self.batch_size]))
+                parts.append(self._infer(request, images_BHWC[start : start + self.batch_size]))
         finally:
             self._free.put(request)
-        return np.concatenate(logits)
+        return [np.concatenate(output) for output in zip(*parts, strict=True)]
 
-    def _infer(self, request: object, images_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        request.infer([np.ascontiguousarray(images_BHWC)], share_inputs=True)  # type: ignore[attr-defined]
-        return np.array(request.get_output_tensor().data, np.float32)  # type: ignore[attr-defined]
+    def _infer(self, request: Any, images_BHWC: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float32]]:
+        request.infer([np.ascontiguousarray(images_BHWC)], share_inputs=True)
+        return [np.array(request.get_output_tensor(index).data, np.float32) for index in range(self._num_outputs)]

@@ -94,7 +94,7 @@ def _occlusion(engine: Engine, pixels_SSC: Pixels) -> Heat:
         covered_BSSC[number, edges[rows.start] : edges[rows.stop], edges[columns.start] : edges[columns.stop]] = (
             colour_C
         )
-    logits_B = engine.predict(covered_BSSC)
+    logits_B = engine.predict(covered_BSSC).logits_B
     heat_YX = np.zeros((_NUM_CELLS, _NUM_CELLS), np.float32)
     count_YX = np.zeros_like(heat_YX)
     for square, logit in zip(squares, logits_B[:-1], strict=True):

@@ -33,7 +33,13 @@ _NOT_THE_RESULT: Final = (
 """Fields that may differ when a training is resumed: they say where and how fast it computes."""
 
 
-_SINCE: Final = {"class_weights": "none", "early_stopping": None, "from_id": None, "augment_strength": 1.0}
+_SINCE: Final = {
+    "class_weights": "none",
+    "early_stopping": None,
+    "from_id": None,
+    "augment_strength": 1.0,
+    "pretrained_share": 0.0,
+}
 """Fields that older versions did not have, and what they did. So a training that one of them began can be resumed."""
 
 _OF_RECIPE: Final = ("weight_decay", "label_smoothing", "min_area")
@@ -82,6 +88,10 @@ def resolve(config: TrainConfig) -> ResolvedTrainConfig:
     weights = config.weights or ("imagenet" if architecture.has_backbone and parent is None else "none")
     if config.head_epochs and weights == "none" and parent is None:
         raise UsageError(f"--head-epochs needs pretrained --weights. Received: --head-epochs={config.head_epochs}")
+    if config.pretrained_share and weights == "none":
+        raise UsageError(
+            f"--pretrained-share needs pretrained --weights. Received: --pretrained-share={config.pretrained_share:g}"
+        )
     epochs = recipe.epochs if config.epochs is None else config.epochs
     defaults: dict[str, Any] = {
         "epochs": epochs,

@@ -12,7 +12,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from catdog import architectures, bundle, calibration, metrics, openvino_ir, provenance, quantization, report
+from catdog import architectures, bundle, calibration, metrics, neither, openvino_ir, provenance, quantization, report
+from catdog.neither import Gauge
 from catdog.openvino_ir import IR
 from catdog.training.feed import Feed
 from catdog.training.history import HistoryRow, best_row, history_files
@@ -54,6 +55,8 @@ def save_bundle(
     card: dict[str, Any],
     train_feed: Feed,
     val_feed: Feed,
+    *,
+    classifier: architectures.Classifier | None = None,
 ) -> None:
     """Calibrate the averaged model on the validation split, quantize it, and write its bundle.
 
@@ -65,6 +68,7 @@ def save_bundle(
         card: what the driver says of data and versions.
         train_feed: the whole training split.
         val_feed: the whole validation split.
+        classifier: of the published network, if its features still mean what they meant to it.
     """
     saved = history[-1] if config.early_stopping is None else best_row(history)
     labels_N, logits_N = validation.labels_N, validation.logits_N
@@ -72,19 +76,26 @@ def save_bundle(
     prob_dog_N = calibration.cross_fitted(labels_N, logits_N)
     model = architectures.exported(learner.average, config.arch)
     ir = openvino_ir.float_ir(model, config.image_size)
+    gauge = _gauge(ir, config, train_feed, classifier)
     int8 = quantization.quantized(
         ir,
         config.image_size,
         next(images for _, images, _ in train_feed.all_batches(quantization.NUM_PHOTOGRAPHS)),
         lambda: ((images, labels) for _, images, labels in val_feed.all_batches(config.batch_size)),
         review_precision=config.review_precision,
+        gauge=gauge,
     )
     full_card = {
         "arch": config.arch,
         "image_size": config.image_size,
         "temperature": calibrated.temperature,
         "review_threshold": calibrated.review_threshold,
-        "metrics": {name: saved[name] for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy")},
+        "metrics": {
+            "train_loss": saved["train_loss"],
+            "train_accuracy": saved["train_accuracy"],
+            "val_loss": validation.loss,
+            "val_accuracy": validation.accuracy,
+        },
         "validation": metrics.classification_metrics(labels_N, prob_dog_N),
         "calibration": calibrated.report,
         "epochs_trained": len(history),
@@ -94,6 +105,7 @@ def save_bundle(
         "precision": learner.precision,
         "num_parameters": model.count_params(),
         "int8": int8.card,
+        "neither": int8.neither_card(gauge, bundle.golden_scores(model, gauge, config.image_size)),
         **card,
         "training_config": {
             name: value for name, value in provenance.configuration(config).items() if name not in _ELSEWHERE
@@ -102,8 +114,18 @@ def save_bundle(
     diagram = report.reliability(
         labels_N, {"as trained": calibration.probabilities(logits_N, 1.0), "calibrated, cross-fitted": prob_dog_N}
     )
-    irs: dict[bundle.Weights, IR] = {"float": ir}
+    irs: dict[bundle.Weights, IR] = {"float": openvino_ir.gauged(ir, gauge)}
     if int8.card["is_accepted"]:
         irs["int8"] = int8.ir
     extra_files = history_files(history) | {RELIABILITY_NAME: diagram}
-    bundle.save(config.output, model, full_card, irs=irs, extra_files=extra_files)
+    bundle.save(config.output, model, full_card, irs=irs, gauge=gauge, extra_files=extra_files)
+
+
+def _gauge(
+    ir: IR, config: ResolvedTrainConfig, train_feed: Feed, classifier: architectures.Classifier | None
+) -> Gauge | None:
+    """What tells cats and dogs from other things: the published network's classifier, or else a distance."""
+    if classifier is not None:
+        return neither.of_classes(classifier.kernel_FC, classifier.bias_C, classifier.kin)
+    batches = ((images, labels) for _, images, labels in train_feed.all_batches(config.batch_size))
+    return quantization.fitted_gauge(ir, config.image_size, batches)

@@ -21,6 +21,7 @@ from catdog.training.feed import Share
 from catdog.training.request import ResolvedTrainConfig
 
 if TYPE_CHECKING:
+    import keras
     import tensorflow as tf
 
 Arrays = list[npt.NDArray[Any]]
@@ -194,6 +195,17 @@ class Learner:
         """Take over what `state` returned. Shapes that differ are an error."""
         for name, variables in self._variables().items():
             _assign(variables, state[name])
+
+    def blend(self, published: keras.Model, share: float) -> None:
+        """Move the averaged model's backbone towards that of another model.
+
+        Args:
+            published: a model of the same architecture.
+            share: of its weights in the result.
+        """
+        backbones = [architectures.backbone_layer(model) for model in (self.average, published)]
+        for variable, other in zip(*(backbone.weights for backbone in backbones if backbone is not None), strict=True):
+            variable.assign((1.0 - share) * variable.numpy() + share * other.numpy())
 
     def average_state(self) -> Arrays:
         """The running average, as it is in `state`."""
