@@ -19,6 +19,7 @@ from test_layers import LAYERS, PACKAGE, files, part_of
 from catdog import bundle, cli, errors, images, metrics, quantization, schema, storage
 from catdog.bench.chaos import BenchChaosRecord, Outcome
 from catdog.bench.nightly_chaos import BenchNightlyChaosRecord
+from catdog.bench.plan import BenchPlanRecord
 from catdog.bench.serve_record import CONTENDERS, NUM_CLIENTS, BenchServeRecord, Load
 from catdog.bench.spread import spread
 from catdog.bench.train import BenchTrainRecord, Figure
@@ -619,6 +620,27 @@ def test_bench_nightly_chaos_prints_what_the_readme_shows() -> None:
         config={"executor": "inline"},
     )
     check_printed(shown, record)
+
+
+def test_bench_plan_prints_what_the_readme_shows() -> None:
+    (line,) = (line for line in commands(README) if line.startswith("catdog bench plan"))
+    shown = printed(line)
+    measured = {"seconds": 1.5, "peak_bytes": 2.0**28, "num_parts": 2.0, "listed": 1000.0}
+    objects = [10_000 * 10**power for power in range(len(shown) - 4)]
+    record: BenchPlanRecord = made(
+        BenchPlanRecord,
+        output="plan",
+        layout="deep",
+        page_ms=50,
+        one_list=measured,
+        many_lists=measured,
+        objects=objects,
+        all_new=[measured] * len(objects),
+        indexing=[measured] * len(objects),
+        mostly_done=[measured] * len(objects),
+    )
+    shown, expected = ([" ".join(line.split()) for line in lines] for lines in (shown, record.summary()))
+    assert shape(shown) == shape(expected), "README shows other lines than the command prints"
 
 
 def test_compact_prints_what_the_readme_shows() -> None:
