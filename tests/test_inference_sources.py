@@ -117,7 +117,9 @@ def test_a_quiet_night(tmp_path: Path, photos: Path, model: str) -> None:
     assert record.summary()[0] == "Nothing to label: no image was found."
     assert verify(str(tmp_path / "out")).runs == 1
     (tmp_path / "new" / "Thumbs.db").write_bytes(b"x")
-    with pytest.raises(UsageError, match=r"^--images must hold at least one image, unless --allow-empty .*: 1 files, n"):
+    with pytest.raises(
+        UsageError, match=r"^--images must hold at least one image, unless --allow-empty .*: 1 files, n"
+    ):
         run(tmp_path / "new", tmp_path / "out", model)
     assert run(tmp_path / "new", tmp_path / "out", model, allow_empty=True).books.skipped == 1
 

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import fsspec
 import pyarrow.parquet as pq
@@ -15,7 +15,7 @@ from s3_server import S3Server
 from catdog import cli, storage
 from catdog.config import PredictConfig
 from catdog.errors import StorageError
-from catdog.inference import RunRecord, executors, predict, verify
+from catdog.inference import RunRecord, executors, predict, publish, verify
 from catdog.inference.books import Books
 from catdog.inference.draining import Drain
 from catdog.inference.plan import INDEX_NAME, Plan, Slice, index, open_plan, planner
@@ -74,7 +74,7 @@ def die_after(monkeypatch: pytest.MonkeyPatch, num_slices: int) -> None:
     original = Plan.slices
 
     def slices(self: Plan, *args: Any) -> Iterator[Slice]:
-        parts = []
+        parts: list[str] = []
         for piece in original(self, *args):
             if len(parts) == num_slices:
                 while not all(storage.exists(f"{self.output}/{part}") for part in parts):
@@ -239,9 +239,8 @@ def test_a_damaged_plan_is_planned_anew(tmp_path: Path, model: str, caplog: pyte
 def test_an_error_in_this_process_closes_the_plan(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(str(tmp_path), 0, 6)
 
-    def failing(*args: Any, **kwargs: Any) -> Iterator[Any]:
+    def failing(*args: Any, **kwargs: Any) -> NoReturn:
         raise StorageError("the storage must be there. Received: nothing")
-        yield
 
     monkeypatch.setattr(executors, "run", failing)
     with pytest.raises(StorageError):
@@ -256,7 +255,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The parts that plans read from now on."""
     found: list[str] = []
 
-    def read_parts(output: str, parts: list[str], *args: Any, original: Any = index.read_parts, **kwargs: Any) -> Any:
+    def read_parts(output: str, parts: list[str], *args: Any, original: Any = publish.read_parts, **kwargs: Any) -> Any:
         found.extend(parts)
         return original(output, parts, *args, **kwargs)
 

@@ -99,8 +99,8 @@ class PredictConfig:
     """Number of failures below which a run counts as well, however few images were new."""
 
     allow_empty: bool = False
-    """Exit with code 0 if there is nothing at --images, or no image, as on a night without new photographs. Without this
-    flag that is an error, because a wrong path or a lost mount looks the same."""
+    """Exit with code 0 if there is nothing at --images, or no image, as on a night without new photographs. Without
+    this flag that is an error, because a wrong path or a lost mount looks the same."""
 
     retry_errors: bool = False
     """Also label again the images that failed in earlier runs. Those that were not there, or were denied, are tried
