@@ -163,11 +163,11 @@ def _score(features: Any, gauge: Gauge) -> Any:
         total = ops.reduce_sum(ops.exp(ops.subtract(values, largest)), constant([1]), keep_dims=True)
         return ops.add(ops.log(total), largest)
 
-    kernel = ops.multiply(ops.convert(constant(gauge.kernel_FK), "f32"), constant(gauge.scale_K[np.newaxis]))
     moved = ops.subtract(features, constant(gauge.offset_F[np.newaxis]))
-    values = ops.add(
-        ops.matmul(moved, kernel, transpose_a=False, transpose_b=False), constant(gauge.bias_K[np.newaxis])
-    )
+    # Scaled before the product, the weights would stay bytes when it is computed, which not every CPU can do.
+    kernel = ops.convert(constant(gauge.kernel_FK), "f32")
+    sums = ops.matmul(moved, kernel, transpose_a=False, transpose_b=False)
+    values = ops.add(ops.multiply(sums, constant(gauge.scale_K[np.newaxis])), constant(gauge.bias_K[np.newaxis]))
     if gauge.kind == "classes":
         lengths = constant([gauge.num_others, len(gauge.bias_K) - gauge.num_others])
         others, kin = ops.variadic_split(values, constant(1), lengths).outputs()
