@@ -388,7 +388,7 @@ def test_dry_run_prints_the_resolved_configuration(capsys: pytest.CaptureFixture
         ("train --epochs x", 2),
         ("train --data d --output o --dry-run", 0),
         ("train --data d --output o --arch vgg --dry-run", 2),
-        ("predict --images tests --output o --dry-run", 0),
+        ("predict --images docs --output o --dry-run", 0),
         ("bench --help", 0),
         ("bench train --data d --output o --dry-run", 0),
         ("bench predict --images i --output o --dry-run", 0),
