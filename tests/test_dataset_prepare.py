@@ -23,7 +23,7 @@ from test_dataset import encoded, picture
 
 from catdog import images, storage
 from catdog.config import PrepareConfig
-from catdog.dataset import catalog, check_shards, iter_split, load_info, prepare, ray_tasks
+from catdog.dataset import catalog, check_shards, iter_split, load_info, prepare, ray_tasks, scan
 from catdog.errors import DatasetError, OutputRefusedError, StorageError
 from catdog.schema import CLASS_NAMES, DATASET_SCHEMA, REJECTS_SCHEMA, SPLITS
 
@@ -83,7 +83,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_prepare(ray: None, photos: Path, tmp_path: Path) -> None:
+def test_prepare(ray: None, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = str(tmp_path / "out")
     config = PrepareConfig(images=str(photos), output=output, val_fraction=0.2, test_fraction=0.2)
     record = prepare(config)
@@ -164,6 +164,20 @@ def test_prepare(ray: None, photos: Path, tmp_path: Path) -> None:
         prepare(config)
     extra.unlink()
     assert {path: path.stat().st_mtime_ns for path in Path(output).rglob("*")} == before
+
+    # Files that were touched, or copied anew, are the same files: they are read once to see that.
+    for path in photos.rglob("*.jpg"):
+        path.touch()
+    assert prepare(config).already_done
+    with monkeypatch.context() as patched:
+        patched.delattr(scan, "contents")
+        assert prepare(config).already_done
+    assert load_info(output).digest == record.digest
+    honest = (photos / "cat/00.jpg").read_bytes()
+    (photos / "cat/00.jpg").write_bytes(honest[:-1] + b"x")
+    with pytest.raises(OutputRefusedError, match=r"--output must be new where the images have changed"):
+        prepare(config)
+    (photos / "cat/00.jpg").write_bytes(honest)
 
 
 def test_labels_from_tables_and_manifest(ray: None, tmp_path: Path) -> None:

@@ -96,8 +96,24 @@ def listing_digest(connection: duckdb.DuckDBPyConnection) -> str:
 
     (The splits that folders name follow from the uri.)
     """
+    return _digest_of(connection, "SELECT uri, version, label FROM listing ORDER BY row")
+
+
+def content_digest(connection: duckdb.DuckDBPyConnection, contents: str) -> str:
+    """As `listing_digest`, but over what the files hold instead of their versions.
+
+    Args:
+        connection: the catalogue.
+        contents: a table that has `row` and `content` of the labelled files.
+    """
+    return _digest_of(
+        connection, f"SELECT uri, label, content FROM listing LEFT JOIN {contents} USING (row) ORDER BY row"
+    )
+
+
+def _digest_of(connection: duckdb.DuckDBPyConnection, files: str) -> str:
     digest = hashlib.sha256()
-    for query in ("SELECT uri, version, label FROM listing ORDER BY row", "SELECT * FROM row_splits ORDER BY row"):
+    for query in (files, "SELECT * FROM row_splits ORDER BY row"):
         for batch in stream(connection, query):
             for row in zip(*batch.to_pydict().values(), strict=True):
                 digest.update(repr(row).encode())

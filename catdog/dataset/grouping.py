@@ -22,7 +22,7 @@ end up in two groups. In memory are 8 bytes for each image that has a near-dupli
 other; thumbnails, 768 bytes each, are on local disk.
 
 The tables, besides those of `catdog.dataset.catalog`:
-    scanned(row, image_id, band_*, image_bytes, reason, message, remark, part, split)
+    scanned(row, image_id, content, band_*, image_bytes, reason, message, remark, part, split)
                                                               `split`: as if without duplicates
     settled(image_id, split)                                  the images of the dataset that is extended
     pictures(rank, image_id, band_*, part, row, split, fixed) the distinct images. `split`: what it gets alone; `fixed`:
@@ -79,7 +79,7 @@ _PORTION: Final = 4096
 """Pairs of thumbnails that are read together: 6 MiB."""
 
 _CREATE_SCANNED: Final = (
-    "CREATE TABLE scanned (row BIGINT, image_id VARCHAR, "
+    "CREATE TABLE scanned (row BIGINT, image_id VARCHAR, content VARCHAR, "
     + "".join(f"{name} SMALLINT, " for name in BAND_COLUMNS)
     + "image_bytes BIGINT, reason VARCHAR, message VARCHAR, remark VARCHAR, part VARCHAR, "
     "split VARCHAR)"

@@ -157,7 +157,7 @@ def _prepare(
     output = storage.absolute(config.output)
     staging = storage.join(output, STAGING_DIR)
     if done := _finished(output, config):
-        _check_listing(done, listing_digest)
+        _check_listing(connection, done, listing_digest)
         storage.delete(staging)
         return _record(done, watch, already_done=True)
     with watch.stage("stage"):
@@ -193,6 +193,7 @@ def _prepare(
                 **_statistics(written),
                 "digest": outcome.digest(connection),
                 "listing_digest": listing_digest,
+                "content_digest": catalog.content_digest(connection, "scanned"),
                 "config": provenance.configuration(config),
                 "versions": provenance.versions(),
                 **outcome.duplicates(connection),
@@ -287,13 +288,32 @@ def _absolute(images: str | Sequence[str]) -> str | list[str]:
     return storage.absolute(images) if isinstance(images, str) else [storage.absolute(each) for each in images]
 
 
-def _check_listing(info: DatasetInfo, listing_digest: str) -> None:
-    """Check that a finished dataset was made from the files that are listed now."""
-    if info.raw["listing_digest"] != listing_digest:
+def _check_listing(connection: duckdb.DuckDBPyConnection, info: DatasetInfo, listing_digest: str) -> None:
+    """Check that a finished dataset was made from the files that are listed now.
+
+    Where they have other versions, they are read: a file that was touched, or copied anew, is the same file. The
+    dataset then remembers the new versions.
+    """
+    if info.raw["listing_digest"] == listing_digest:
+        return
+    if not _holds_the_same(connection, info):
         raise OutputRefusedError(
             "--output must be new where the images have changed. "
             f"Received: --output={info.url}, prepared from another listing of --images={info.raw['config']['images']}"
         )
+    storage.publish_json(storage.join(info.url, INFO_NAME), {**info.raw, "listing_digest": listing_digest})
+
+
+def _holds_the_same(connection: duckdb.DuckDBPyConnection, info: DatasetInfo) -> bool:
+    """Whether the files that are listed now hold what those of a dataset held. They are read."""
+    (num_listed,) = catalog.one_row(connection, "SELECT count(*) FROM listing")
+    if num_listed != info.raw["listed"] or "content_digest" not in info.raw:
+        return False
+    logger.info("The files have other versions: all %d are read, to see whether they are the same", num_listed)
+    connection.execute("CREATE TABLE contents (row BIGINT, content VARCHAR)")
+    for files in catalog.slices(connection):
+        catalog.insert(connection, "contents", scan.contents(files))
+    return bool(catalog.content_digest(connection, "contents") == info.raw["content_digest"])
 
 
 def _start(connection: duckdb.DuckDBPyConnection, output: str, config: PrepareConfig) -> int:

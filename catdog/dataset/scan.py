@@ -37,7 +37,7 @@ _BLANK_STD: Final = 5.0
 """A picture whose grey values (0..255) have a smaller standard deviation counts as blank: its hash would be that of
 noise. The smallest among 20,000 photographs of Dogs vs. Cats is 14."""
 
-_FORMAT: Final = "scan-v3"
+_FORMAT: Final = "scan-v4"
 """Version of what is staged. It enters into the name of every staging part, so that parts of another version are not
 used."""
 
@@ -45,6 +45,7 @@ LIGHT_SCHEMA: Final = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
         pa.field("image_id", pa.string()),
+        pa.field("content", pa.string(), nullable=False),
         *(pa.field(name, pa.int16()) for name in BAND_COLUMNS),
         pa.field("image_bytes", pa.int64()),
         pa.field("reason", pa.string()),
@@ -53,10 +54,10 @@ LIGHT_SCHEMA: Final = pa.schema(
         pa.field("part", pa.string(), nullable=False),
     ]
 )
-"""The columns that the driver gets, a row for each file. `reason` and `message` are null for an image; `remark` says
-what is wrong with an image that is kept all the same; `image_id`, the
-hash and `image_bytes` are null for a file that is rejected. The hash is also null for a blank picture. `image_bytes` is
-the size of the encoded image."""
+"""The columns that the driver gets, a row for each file. `content` is what `content_of` says. `reason` and `message`
+are null for an image; `remark` says what is wrong with an image that is kept all the same; `image_id`, the hash and
+`image_bytes` are null for a file that is rejected. The hash is also null for a blank picture. `image_bytes` is the size
+of the encoded image."""
 
 SCAN_SCHEMA: Final = pa.schema(
     [
@@ -95,10 +96,24 @@ def scan_slice(index: int, staging_url: str) -> pa.Table:
     files = listing.select(["row", "uri", "label"]).to_pylist()
     uris, sizes, versions = (listing[name].to_pylist() for name in ("uri", "num_bytes", "version"))
     sources = storage.read_sources(uris, sizes, versions)
-    rows = [{**file, "part": part, **_scan(data)} for file, data in zip(files, sources, strict=True)]
+    rows = [
+        {**file, "part": part, "content": content_of(data), **_scan(data)}
+        for file, data in zip(files, sources, strict=True)
+    ]
     staged = pa.Table.from_pylist(rows, schema=SCAN_SCHEMA)
     storage.publish_parquet(url, staged)
     return staged.select(LIGHT_SCHEMA.names)
+
+
+def content_of(data: bytes | ImageError) -> str:
+    """The SHA-256 of the bytes of a file, in hex; if they could not be read, the code of the error."""
+    return data.code if isinstance(data, ImageError) else hashlib.sha256(data).hexdigest()
+
+
+def contents(files: pa.Table) -> pa.Table:
+    """The columns `row` and `content` (`content_of`) of files of the listing, which are read."""
+    sources = storage.read_sources(*(files[name].to_pylist() for name in ("uri", "num_bytes", "version")))
+    return pa.table({"row": files["row"], "content": [content_of(data) for data in sources]})
 
 
 def read_thumbnails(part: str, staging_url: str) -> pa.Table:
@@ -127,7 +142,7 @@ def _scan(data: bytes | ImageError) -> dict[str, Any]:
     statistics = ImageStat.Stat(pixels)
     return {
         "remark": decoded.remark,
-        "image_id": hashlib.sha256(data).hexdigest(),
+        "image_id": content_of(data),
         "image": image.data,
         "image_bytes": len(image.data),
         "width": image.width,
