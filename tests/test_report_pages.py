@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from catdog.report.html import Markup, page, table, tag, text
-from catdog.report.morning import Cause, Course, Photo, RunPage, Step, run_page
+from catdog.report.morning import Cause, Course, Photo, RunPage, Step, photo_grid, run_page
 
 EVIL = "\"'><script>alert(1)</script>&amp;"
 ESCAPED = "&quot;&#x27;&gt;&lt;script&gt;alert(1)&lt;/script&gt;&amp;amp;"
@@ -133,3 +133,10 @@ def test_the_package_gives_its_names_as_often_as_they_are_asked_for() -> None:
         assert callable(getattr(report, name))
     with pytest.raises(AttributeError):
         report.nothing_of_the_kind  # noqa: B018
+
+
+def test_a_member_of_an_archive_is_called_by_its_own_name() -> None:
+    name = f"zip://train/cat.1.jpg::s3://bucket/{99 * 'x'}.zip"
+    grid = str(photo_grid([Photo(jpeg=None, caption="cat 99.0 %", name=name)]))
+    assert ">zip://train/cat.1.jpg<" in grid
+    assert f'title="{name}"' in grid

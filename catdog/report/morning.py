@@ -333,7 +333,8 @@ def _photo(photo: Photo) -> Markup:
     else:
         source = f"data:image/jpeg;base64,{base64.b64encode(photo.jpeg).decode()}"
         picture = tag("img", src=source, alt=photo.caption)
-    name = photo.name if len(photo.name) <= _NAME_CHARS else f"…{photo.name[-_NAME_CHARS:]}"
+    name = photo.name.partition("::")[0]  # of a member, its name in the archive
+    name = name if len(name) <= _NAME_CHARS else f"…{name[-_NAME_CHARS:]}"
     caption = photo.caption.replace(" %", "\N{NO-BREAK SPACE}%")
     return tag("figure", picture, tag("figcaption", tag("b", caption), tag("span", name, title=photo.name)))
 
