@@ -120,9 +120,10 @@ def test_a_table_may_be_empty() -> None:
 def test_the_pages_need_neither_jinja_nor_matplotlib() -> None:
     code = (
         "import sys; sys.modules['jinja2'] = sys.modules['matplotlib'] = None; from catdog import report; "
-        "report.run_page, report.RunPage, report.comparison_page"
+        "print(report.run_page.__name__, report.RunPage.__name__, report.comparison_page.__name__)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert ran.stdout == "run_page RunPage comparison_page\n"
 
 
 def test_the_package_gives_its_names_as_often_as_they_are_asked_for() -> None:

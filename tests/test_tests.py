@@ -115,6 +115,7 @@ def test_only_tests_of_real_photographs_need_them() -> None:
         # Cats and dogs as cameras see them.
         "test_it_tells_photographs_of_cats_from_those_of_dogs",
         "test_published_weights_tell_cats_from_dogs",
+        "test_photographs_of_other_things_need_review",
         # Which photographs are near.
         "test_copies_of_a_photograph_are_near_and_others_are_not",
         "test_other_cameras",

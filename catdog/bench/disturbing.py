@@ -223,7 +223,7 @@ class Disturber:
 
     def _compact(self) -> bool:
         """Compact beside a run, as long as it takes, or until it is killed at a random instant."""
-        if not self._reader.num_rows or not self._wait_moment(self._running()):
+        if not self._wait_moment(self._running()) or not self._reader.num_rows:
             return False
         compaction = self._run("compact", self._output)
         try:
