@@ -64,7 +64,7 @@ def test_demo_learns_the_drawings_and_leaves_other_files_alone(
     assert sum(record["prepare"]["reasons"].values()) == 2
     books = record["predict"]["books"]
     sums = {"listed": num_files, "ok": num_files - 2, "error": 2}
-    assert books == {**sums, "already_done": 0, "duplicate": 0, "skipped": 0}
+    assert books == {**sums, "already_done": 0, "duplicate": 0, "skipped": 0, "remaining": 0}
     assert record["predict"]["errors"] == {"truncated": 1, "unsupported_format": 1}
     assert (output / "notes.txt").exists()
     assert not (output / "model" / "of-an-earlier-demo").exists()
