@@ -38,10 +38,10 @@ from typing import Final
 from catdog import failpoints
 from catdog.errors import ClaimLostError, OutputClaimedError, StorageError
 from catdog.provenance import redact
-from catdog.storage import outages, s3
+from catdog.storage import outages
 from catdog.storage.filesystems import attempt, describe, filesystem
 from catdog.storage.listing import exists, list_all_names
-from catdog.storage.publishing import delete, publish_bytes
+from catdog.storage.publishing import create_object, delete, publish_bytes
 from catdog.storage.reading import read_bytes
 from catdog.storage.urls import absolute, is_local, join, local_path
 
@@ -267,14 +267,7 @@ def _create(url: str, holder: Holder) -> bool:
         return _create_local(local_path(url), data)
 
     def put() -> bool:
-        fs, path = filesystem(url)
-        if s3.is_s3(fs):
-            return s3.create(fs, path, data)
-        try:
-            fs.pipe_file(path, data, mode="create")
-        except FileExistsError:
-            return False
-        return True
+        return create_object(*filesystem(url), data)
 
     try:
         is_put = attempt(url, put)

@@ -82,51 +82,42 @@ def create_bytes(url: str, data: bytes) -> bool:
     url = absolute(url)
     with _writing(url):
         if is_local(url):
-            return attempt(url, lambda: _create_local(local_path(url), data))
+            return attempt(url, lambda: _place_local(local_path(url), lambda file: file.write(data), _link))
         return attempt(url, lambda: _create_remote(url, data))
 
 
-def _create_local(path: str, data: bytes) -> bool:
-    directory, name = os.path.split(path)
-    os.makedirs(directory, exist_ok=True)
-    temporary = os.path.join(directory, _temporary(name))
+def _link(temporary: str, path: str) -> bool:
+    """Give a file its name, unless the name is taken. Whether it was not."""
     try:
-        with open(temporary, "xb") as file:
-            with failpoints.step("write"):
-                file.write(data)
-            with failpoints.step("sync"):
-                file.flush()
-                os.fsync(file.fileno())
-        with failpoints.step("publish"):
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
-            except OSError:  # no hard links here
-                if os.path.exists(path):
-                    return False
-                os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-    _sync_directory(directory)
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # no hard links here
+        if os.path.exists(path):
+            return False
+        os.replace(temporary, path)
     return True
 
 
 def _create_remote(url: str, data: bytes) -> bool:
     fs, path = filesystem(url)
     with failpoints.step("publish"):
-        if s3.is_s3(fs):
-            return s3.create(fs, path, data)
-        if url.partition("://")[0] in OBJECT_STORES:
-            try:
-                fs.pipe_file(path, data, mode="create")
-            except FileExistsError:
-                return False
-            return True
+        if s3.is_s3(fs) or url.partition("://")[0] in OBJECT_STORES:
+            return create_object(fs, path, data)
     if fs.exists(path):
         return False
     _publish_by_rename(fs, path, lambda fs, path: fs.pipe_file(path, data))
+    return True
+
+
+def create_object(fs: Any, path: str, data: bytes) -> bool:
+    """Write a file of a remote filesystem with a condition: only if there is none. Whether this call has written it."""
+    if s3.is_s3(fs):
+        return s3.create(fs, path, data)
+    try:
+        fs.pipe_file(path, data, mode="create")
+    except FileExistsError:
+        return False
     return True
 
 
@@ -213,12 +204,18 @@ def _publish(url: str, write: Callable[[IO[bytes]], Any], put: Callable[[Any, st
     url = absolute(url)
     with _writing(url):
         if is_local(url):
-            attempt(url, lambda: _publish_local(local_path(url), write))
+            attempt(url, lambda: _place_local(local_path(url), write, _replace))
         else:
             attempt(url, lambda: _publish_remote(url, put))
 
 
-def _publish_local(path: str, write: Callable[[IO[bytes]], Any]) -> None:
+def _replace(temporary: str, path: str) -> bool:
+    os.replace(temporary, path)
+    return True
+
+
+def _place_local(path: str, write: Callable[[IO[bytes]], Any], place: Callable[[str, str], bool]) -> bool:
+    """Write a temporary file, and let `place` give it its name; whether it did."""
     directory, name = os.path.split(path)
     os.makedirs(directory, exist_ok=True)
     temporary = os.path.join(directory, _temporary(name))
@@ -230,12 +227,13 @@ def _publish_local(path: str, write: Callable[[IO[bytes]], Any]) -> None:
             with failpoints.step("sync"):
                 os.fsync(file.fileno())
         with failpoints.step("publish"):
-            os.replace(temporary, path)
-    except BaseException:
+            is_placed = place(temporary, path)
+    finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
-        raise
-    _sync_directory(directory)
+    if is_placed:
+        _sync_directory(directory)
+    return is_placed
 
 
 def _publish_remote(url: str, put: Callable[[Any, str], Any]) -> None:
