@@ -11,8 +11,9 @@ import pytest
 
 from catdog import storage
 from catdog.errors import OutputRefusedError, UsageError
+from catdog.inference import publish
 from catdog.inference.plan import SLICE_SIZE, Slice, open_plan
-from catdog.inference.publish import list_parts, publish_part
+from catdog.inference.publish import list_parts, part_name, publish_part
 from catdog.inference.verification import recount
 from catdog.schema import PREDICTIONS_SCHEMA
 from catdog.storage import Listing, SourceFile
@@ -100,6 +101,25 @@ def test_few_new_images_among_many_make_few_parts(tmp_path: Path, monkeypatch: p
     slices = slices_of("/nowhere", output)
     assert [len(piece.files) for piece in slices] == [SLICE_SIZE, 1000 - SLICE_SIZE]
     assert uris_of(slices) == [file.uri for file in files[::8]]
+
+
+@pytest.mark.parametrize(("is_large", "most"), [(False, 16), (True, 4)])
+def test_few_part_files_are_held_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_large: bool, most: int
+) -> None:
+    names = [part_name(f"{number:032x}") for number in range(40)]
+    for name in names:
+        publish_part(str(tmp_path), name, rows_of([SourceFile(f"/nowhere/{name}.jpg", "1", 1)]))
+    begun: list[str] = []
+    read_part = publish._read_part
+    monkeypatch.setattr(
+        publish, "_read_part", lambda *args, **options: begun.append(args[1]) or read_part(*args, **options)
+    )
+    parts = publish.read_parts(str(tmp_path), names, ["uri"], large=names if is_large else ())
+    for number, (name, rows) in enumerate(parts):
+        assert rows["uri"].to_pylist() == [f"/nowhere/{name}.jpg"]
+        assert len(begun) <= number + 1 + most
+    assert sorted(begun) == names
 
 
 def test_members_of_one_archive_stay_together(tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ An output is a directory that holds `part-<digest>.parquet` files and `_runs/`. 
 data.
 """
 
-import concurrent.futures
+import collections
 import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -31,7 +32,10 @@ _SPILLED_ROWS: Final = 65_536
 """Rows in a row group of what `spill_keys` writes."""
 
 _READERS: Final = 16
-"""Number of part files that are read at the same time."""
+"""Largest number of part files that are read at the same time, or are read and wait."""
+
+_LARGE_READERS: Final = 4
+"""The same for large ones."""
 
 
 def part_name(digest: str) -> str:
@@ -72,7 +76,7 @@ def publish_part(
     url = storage.join(output, part)
     num_dropped = Counter[str]()
     if replaced is not None:
-        _, before = _read_part(output, part, None)
+        before = _read_part(output, part)
         dropped = {*replaced, *_keys(rows)}
         is_kept = [key not in dropped for key in _keys(before)]
         runs = before["run_id"].to_pylist()
@@ -167,22 +171,25 @@ def read_parts(
         StorageError: the storage failed.
     """
 
-    def read(part: str) -> tuple[str, pa.Table | OutputRefusedError]:
+    def result(reading: "Future[pa.Table]") -> pa.Table | None:
         try:
-            return _read_part(output, part, columns, in_pieces=part in large)
+            return reading.result()
         except OutputRefusedError as error:
-            return part, error
+            if on_error is None:
+                raise
+            on_error(error)
+            return None
 
-    remaining = iter(parts)
-    with concurrent.futures.ThreadPoolExecutor(_READERS, thread_name_prefix="catdog-parts") as pool:
-        while group := list(itertools.islice(remaining, 4 * _READERS)):
-            for part, found in pool.map(read, group):
-                if not isinstance(found, OutputRefusedError):
-                    yield part, found
-                elif on_error is None:
-                    raise found
-                else:
-                    on_error(found)
+    ahead: collections.deque[tuple[str, Future[pa.Table]]] = collections.deque()
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="catdog-parts") as pool:
+        for part in itertools.chain(parts, [None]):
+            if part is not None:
+                ahead.append((part, pool.submit(_read_part, output, part, columns, in_pieces=part in large)))
+            most = 0 if part is None else _LARGE_READERS if part in large else _READERS
+            while len(ahead) > most:
+                name, reading = ahead.popleft()
+                if (rows := result(reading)) is not None:
+                    yield name, rows
 
 
 def read_whole_part(output: str, part: str) -> pa.Table:
@@ -199,14 +206,12 @@ def read_whole_part(output: str, part: str) -> pa.Table:
             raise _refusal(storage.join(output, part), error) from error
 
 
-def _read_part(
-    output: str, part: str, columns: Sequence[str] | None, *, in_pieces: bool = False
-) -> tuple[str, pa.Table]:
+def _read_part(output: str, part: str, columns: Sequence[str] | None = None, *, in_pieces: bool = False) -> pa.Table:
     wanted = PREDICTIONS_SCHEMA if columns is None else pa.schema(map(PREDICTIONS_SCHEMA.field, columns))
     with _opened(output, part, in_pieces=in_pieces) as file:
         there = [name for name in wanted.names if name in file.schema_arrow.names]
         try:
-            return part, schema.conformed(file.read(columns=there), wanted)
+            return schema.conformed(file.read(columns=there), wanted)
         except (ValueError, OSError) as error:
             raise _refusal(storage.join(output, part), error) from error
 
@@ -254,7 +259,7 @@ def rows_of_run(output: str, part: str, run_id: str) -> pa.Table | None:
 
 def split_rows(output: str, part: str, run_id: str) -> tuple[pa.Table, pa.Table]:
     """The rows of a part file that a run has written, and those of other runs. Errors as `rows_of_run`."""
-    _, rows = _read_part(output, part, None)
+    rows = _read_part(output, part)
     is_own = pc.equal(rows["run_id"], run_id)
     return rows.filter(is_own), rows.filter(pc.invert(is_own))
 

@@ -170,6 +170,7 @@ class Index:
         keys, path = self._scratch / "keys.parquet", self._scratch / "unknown.parquet"
         large = {name for name in names if there[name].num_bytes > LARGE_BYTES}
         spill_keys(keys, read_parts(output, names, _KEYS, large=large), _KEYS)
+        pa.default_memory_pool().release_unused()  # the database needs the room now
         num_rows = self._copy(_ROWS.format(keys=db.reading([keys])), path)
         keys.unlink()
         return {path: num_rows}
