@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from catdog import bundle, drawings
+from catdog import bundle, drawings, provenance
 from catdog.bench import chaos, contenders, processes, subset, train, watched
 from catdog.bench.killer import DURATIONS_S, Kill, Killer
 from catdog.config import BenchChaosConfig, BenchTrainConfig, PrepareConfig
@@ -241,8 +241,11 @@ def test_chaos_that_leaves_traces_is_an_error(change: dict[str, Any], message: s
         num_steps=50,
         undisturbed=outcome,
         disturbed=outcome,
+        host=provenance.Host(cpu="", num_cores=2, system=""),
+        load_average=0.0,
         config={"num_kills": 2, "checkpoint_steps": 10},
         versions={},
+        duration_s=60.0,
     )
     chaos.check(record)
     with pytest.raises(TrainingError, match=message):

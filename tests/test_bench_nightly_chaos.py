@@ -116,10 +116,11 @@ RECORD = BenchNightlyChaosRecord(
     num_extra=0,
     differences=[],
     disturbances=[],
-    duration_s=600.0,
+    host=provenance.Host(cpu="", num_cores=2, system=""),
+    load_average=0.0,
     config={"executor": "inline"},
     versions={},
-    host=provenance.Host(cpu="", num_cores=2, system=""),
+    duration_s=600.0,
 )
 
 

@@ -6,7 +6,7 @@ import pytest
 from inference_case import encoded_drawings
 
 from catdog import storage
-from catdog.bench.serve import RECORD_NAME, bench_serve
+from catdog.bench.serve import bench_serve
 from catdog.bench.serve_record import CONTENDERS, NUM_CLIENTS
 from catdog.config import BenchServeConfig
 from catdog.errors import UsageError
@@ -22,7 +22,7 @@ def test_both_servers_are_asked_and_say_the_same(model: str, tmp_path: Path) -> 
         (pictures / f"{number}.jpg").write_bytes(data)
     output = tmp_path / "bench"
     record = bench_serve(BenchServeConfig(images=str(pictures), output=str(output), model=model, rounds=1, seconds=0.5))
-    assert storage.read_json(str(output / RECORD_NAME)) == record.to_dict()
+    assert storage.read_json(str(output / record.file_name)) == record.to_dict()
     assert record.num_images == len(drawings)
     assert record.agreement >= 0.5  # a network that nobody trained is never sure, and Keras's pixels are others
     (measured,) = record.rounds

@@ -11,22 +11,20 @@ import math
 import os
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import ClassVar, Final
 
 import numpy as np
 
-from catdog import bundle, hardware, provenance, scratch, storage
+from catdog import bundle, hardware, scratch, storage
 from catdog.bench import watched
 from catdog.bench.killer import Kill, Killer
+from catdog.bench.record import Begun, BenchRecord, refuse_cluster
 from catdog.config import BenchChaosConfig, TrainConfig
 from catdog.dataset import reading
-from catdog.errors import TrainingError, UsageError
-from catdog.ray_session import cluster_address, connect
-from catdog.records import Record, percent, plural
+from catdog.errors import TrainingError
+from catdog.ray_session import connect
+from catdog.records import counted, percent, plural
 from catdog.training import TrainRecord, resolve, train
-
-RECORD_NAME: Final = "chaos.json"
-"""Marks a directory as this command's. It is written first, and written again, with the whole record, at the end."""
 
 PARTS: Final = ("undisturbed", "disturbed")
 
@@ -45,11 +43,12 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchChaosRecord(Record):
+class BenchChaosRecord(BenchRecord):
     """What `chaos.json` holds."""
 
+    file_name: ClassVar[str] = "chaos.json"
+
     command: str = "bench chaos"
-    output: str
     num_kills: int
     kills: list[Kill]
     kills_by_moment: dict[str, int]
@@ -68,15 +67,13 @@ class BenchChaosRecord(Record):
 
     undisturbed: Outcome
     disturbed: Outcome
-    config: dict[str, Any]
-    versions: dict[str, str]
 
     def summary(self) -> list[str]:
         """Both trainings side by side."""
         calm, chaos = self.undisturbed, self.disturbed
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.kills_by_moment.items())
         return [
-            f"Killed {plural(self.num_kills, 'worker')} of a training of {self.num_steps:,} steps: {kinds}.",
+            f"Killed {plural(self.num_kills, 'worker')} of a training of {self.num_steps:,} steps: "
+            f"{counted(self.kills_by_moment)}.",
             f"  restarts    {self.num_restarts:,}; {self.num_lost_steps:,} steps done again, "
             f"at most {self.most_lost_steps:,} at once, with {self.config['checkpoint_steps']:,} "
             "between checkpoints",
@@ -95,22 +92,15 @@ def bench_chaos(config: BenchChaosConfig) -> BenchChaosRecord:
         UsageError: the data cannot be trained on as configured, or the output holds something else.
         TrainingError: the models differ, or a kill cost more steps than lie between two checkpoints.
     """
-    if (address := cluster_address(None)) is not None:
-        raise UsageError(
-            "bench chaos kills processes of this machine, and must have a Ray of its own. "
-            f"Received: RAY_ADDRESS={provenance.redact(address)}"
-        )
-    output = storage.absolute(config.output)
-    storage.refuse_foreign_output(output, (RECORD_NAME,), says={"command": "bench chaos"})
+    refuse_cluster(BenchChaosRecord)
+    begun = Begun(BenchChaosRecord, config)
     num_train = reading.load_info(config.data).num_images("train")
     steps_per_epoch = max(1, num_train // config.batch_size)
     epochs = math.ceil(config.num_kills * INTERVALS_PER_KILL * config.checkpoint_steps / steps_per_epoch)
     num_steps = epochs * steps_per_epoch
-    outputs = {name: storage.join(output, name) for name in PARTS}
+    outputs = {name: storage.join(begun.output, name) for name in PARTS}
     configs = {name: resolve(_train_config(config, outputs[name], epochs)) for name in PARTS}
-    for name in PARTS:
-        storage.delete(outputs[name])
-    storage.publish_json(storage.join(output, RECORD_NAME), {"command": "bench chaos"})
+    begun.claim(PARTS)
     with (
         connect(None, min_cpus=config.num_workers + hardware.num_cores()),
         scratch.directory("bench") as directory,
@@ -123,7 +113,6 @@ def bench_chaos(config: BenchChaosConfig) -> BenchChaosRecord:
             reporter = functools.partial(watched.Reporter, path)
             chaos = train(configs["disturbed"], in_memory=in_memory, observers=[reporter])
     record = BenchChaosRecord(
-        output=provenance.redact(output),
         num_kills=len(killer.kills),
         kills=killer.kills,
         kills_by_moment=dict(Counter(kill.moment for kill in killer.kills)),
@@ -134,10 +123,9 @@ def bench_chaos(config: BenchChaosConfig) -> BenchChaosRecord:
         num_steps=num_steps,
         undisturbed=_outcome(calm),
         disturbed=_outcome(chaos),
-        config=provenance.configuration(config),
-        versions=provenance.versions(),
+        **begun.common(),
     )
-    storage.publish_json(storage.join(output, RECORD_NAME), record.to_dict())
+    begun.publish(record)
     check(record)
     return record
 

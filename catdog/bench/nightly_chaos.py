@@ -10,27 +10,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
-from catdog import provenance, scratch, storage
+from catdog import scratch, storage
 from catdog.bench.disturbing import Disturbance, Disturber, cluster
 from catdog.bench.growing import Growing
 from catdog.bench.opened import Opened
 from catdog.bench.polling import Reader
+from catdog.bench.record import Begun, BenchRecord, refuse_cluster
 from catdog.config import BenchNightlyChaosConfig
-from catdog.errors import BooksError, CatdogError, UsageError
+from catdog.errors import BooksError, CatdogError
 from catdog.inference import recount
-from catdog.ray_session import cluster_address
-from catdog.records import Record, counted, plural
+from catdog.records import counted, plural
 from catdog.storage.urls import is_local
 
 logger = logging.getLogger(__name__)
-
-RECORD_NAME: Final = "nightly-chaos.json"
-"""Marks a directory as this command's. It is written first, and written again, with the whole record, at the end."""
 
 PARTS: Final = ("images", "disturbed", "undisturbed")
 
@@ -47,11 +43,12 @@ _COMPARED: Final = ("uri", "source_version", "image_id", "label", "prob_dog")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchNightlyChaosRecord(Record):
+class BenchNightlyChaosRecord(BenchRecord):
     """What `nightly-chaos.json` holds."""
 
+    file_name: ClassVar[str] = "nightly-chaos.json"
+
     command: str = "bench nightly-chaos"
-    output: str
     num_images: int
     num_runs: int
     ends: dict[str, int]
@@ -95,10 +92,6 @@ class BenchNightlyChaosRecord(Record):
     """What `catdog verify` says of the disturbed output, and what was torn."""
 
     disturbances: list[Disturbance]
-    duration_s: float
-    config: dict[str, Any]
-    versions: dict[str, str]
-    host: provenance.Host
 
     def summary(self) -> list[str]:
         """What was done, and what it did."""
@@ -135,18 +128,9 @@ def bench_nightly_chaos(config: BenchNightlyChaosConfig) -> BenchNightlyChaosRec
         BooksError: the rows differ, or a reader saw what none should.
         CatdogError: a run ended as none should.
     """
-    if (address := cluster_address(None)) is not None:
-        raise UsageError(
-            "bench nightly-chaos kills processes of this machine, and must have a Ray of its own. "
-            f"Received: RAY_ADDRESS={provenance.redact(address)}"
-        )
-    started = time.monotonic()
-    output = storage.absolute(config.output)
-    storage.refuse_foreign_output(output, (RECORD_NAME,), says={"command": "bench nightly-chaos"})
-    for name in PARTS:
-        storage.delete(storage.join(output, name))
-    storage.publish_json(storage.join(output, RECORD_NAME), {"command": "bench nightly-chaos"})
-    images, disturbed, undisturbed = (storage.join(output, name) for name in PARTS)
+    refuse_cluster(BenchNightlyChaosRecord)
+    begun = Begun(BenchNightlyChaosRecord, config)
+    images, disturbed, undisturbed = begun.claim(PARTS)
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch.directory("bench"))
         opened = stack.enter_context(Opened()) if is_local(images) else None
@@ -184,7 +168,6 @@ def bench_nightly_chaos(config: BenchNightlyChaosConfig) -> BenchNightlyChaosRec
     kills = [each for each in disturber.done if each.kind in ("worker", "driver")]
     under_way = [each.num_under_way for each in kills if each.num_under_way is not None]
     record = BenchNightlyChaosRecord(
-        output=provenance.redact(output),
         num_images=growing.num_pictures,
         num_runs=disturber.ends.total(),
         ends=dict(disturber.ends.most_common()),
@@ -202,12 +185,9 @@ def bench_nightly_chaos(config: BenchNightlyChaosConfig) -> BenchNightlyChaosRec
         num_extra=extra,
         differences=[*recount(disturbed).differences, *reader.torn],
         disturbances=disturber.done,
-        duration_s=round(time.monotonic() - started, 1),
-        config=provenance.configuration(config),
-        versions=provenance.versions(),
-        host=provenance.host(),
+        **begun.common(),
     )
-    storage.publish_json(storage.join(output, RECORD_NAME), record.to_dict())
+    begun.publish(record)
     check(record, is_complete=is_complete, calm=calm)
     return record
 

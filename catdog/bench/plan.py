@@ -9,30 +9,25 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from catdog import provenance, scratch, storage
+from catdog import scratch
 from catdog.bench import simulated_s3
 from catdog.bench.planning import Measured, Settings
+from catdog.bench.record import Begun, BenchRecord
 from catdog.config import BenchPlanConfig
 from catdog.errors import CatdogError
-from catdog.provenance import Host
-from catdog.records import Record
 from catdog.schema import CLASS_NAMES, PREDICTIONS_SCHEMA
-
-RECORD_NAME: Final = "plan.json"
 
 MODEL_ID: Final = "0" * 64
 RUN_ID: Final = "20260101T000000.000000Z-bench"
@@ -50,11 +45,12 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchPlanRecord(Record):
+class BenchPlanRecord(BenchRecord):
     """What `plan.json` holds."""
 
+    file_name: ClassVar[str] = "plan.json"
+
     command: str = "bench plan"
-    output: str
     layout: str
     page_ms: int
     one_list: Measured
@@ -74,14 +70,6 @@ class BenchPlanRecord(Record):
 
     mostly_done: list[Measured]
     """Planning when 99 % are done, and the index knows them: every night but the first."""
-
-    host: Host
-    load_average: float
-    """Of the machine's last minute before the start."""
-
-    config: dict[str, Any]
-    versions: dict[str, str]
-    duration_s: float
 
     def summary(self) -> list[str]:
         """The seconds, and the memory."""
@@ -109,10 +97,7 @@ def bench_plan(config: BenchPlanConfig) -> BenchPlanRecord:
         UsageError: the output holds something else.
         CatdogError: a process failed.
     """
-    started = time.monotonic()
-    output = storage.absolute(config.output)
-    storage.refuse_foreign_output(output, (RECORD_NAME,), says={"command": "bench plan"})
-    load_average = os.getloadavg()[0]
+    begun = Begun(BenchPlanRecord, config)
     bench = _Bench(config)
     num_listed = min(config.num_objects, _LISTED_OBJECTS)
     one_list = bench.lists(num_listed, {"CATDOG_S3_LISTS": "1"})
@@ -120,7 +105,6 @@ def bench_plan(config: BenchPlanConfig) -> BenchPlanRecord:
     objects = list(_sizes(config.num_objects))
     measured = [bench.plans(num_objects) for num_objects in objects]
     record = BenchPlanRecord(
-        output=provenance.redact(output),
         layout=config.layout,
         page_ms=config.page_ms,
         one_list=one_list,
@@ -129,14 +113,9 @@ def bench_plan(config: BenchPlanConfig) -> BenchPlanRecord:
         all_new=[each[0] for each in measured],
         indexing=[each[1] for each in measured],
         mostly_done=[each[2] for each in measured],
-        host=provenance.host(),
-        load_average=load_average,
-        config=provenance.configuration(config),
-        versions=provenance.versions(),
-        duration_s=round(time.monotonic() - started, 1),
+        **begun.common(),
     )
-    storage.publish_json(storage.join(output, RECORD_NAME), record.to_dict())
-    return record
+    return begun.publish(record)
 
 
 def _sizes(most: int) -> Iterator[int]:

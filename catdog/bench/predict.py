@@ -13,7 +13,6 @@ import logging
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import pyarrow as pa
 from catdog import bundle, hardware, provenance, scratch, storage
 from catdog.bench import limit, peers, predict_record, shell, tree
 from catdog.bench.predict_record import OURS, BenchPredictRecord, Measurement
+from catdog.bench.record import Begun
 from catdog.bench.spread import Spread, spread
 from catdog.bundle import Bundle
 from catdog.config import BenchPredictConfig
@@ -32,7 +32,6 @@ from catdog.storage import SourceFile
 
 logger = logging.getLogger(__name__)
 
-RECORD_NAME: Final = "predict.json"
 CHART_NAME: Final = "predict.png"
 
 MIN_IMAGES: Final = 10
@@ -64,15 +63,12 @@ def bench_predict(config: BenchPredictConfig) -> BenchPredictRecord:
         CatdogError: `catdog predict` failed.
         BooksError: what it said depends on the executor, or on the round.
     """
-    started = time.monotonic()
-    output = storage.absolute(config.output)
+    begun = Begun(BenchPredictRecord, config)
     images = storage.absolute(config.images, keep_slash=True)
-    storage.refuse_foreign_output(output, (RECORD_NAME,), says={"command": "bench predict"})
     model = bundle.load(config.model)
-    files = list(dict.fromkeys(storage.list_images(images, exclude=output)))
+    files = list(dict.fromkeys(storage.list_images(images, exclude=begun.output)))
     if len(files) < MIN_IMAGES:
         raise UsageError(f"--images must hold at least {MIN_IMAGES} images. Received: {len(files)} in {config.images}")
-    load_average = os.getloadavg()[0]
     with scratch.directory("bench") as directory:
         bench = _Bench(config, model, images, files, directory)
         for number in range(config.rounds):
@@ -81,7 +77,6 @@ def bench_predict(config: BenchPredictConfig) -> BenchPredictRecord:
     limits = [hardware.num_cores() / sum(each.values()) for each in parts]
     steady, shares = bench.steady(limits)
     record = BenchPredictRecord(
-        output=provenance.redact(output),
         images=provenance.redact(images),
         num_images=len(files),
         image_size=model.image_size,
@@ -96,15 +91,10 @@ def bench_predict(config: BenchPredictConfig) -> BenchPredictRecord:
         rounds=rounds,
         fifth_seconds=bench.fifth_seconds,
         engines=bench.engines,
-        host=provenance.host(),
-        load_average=load_average,
-        config=provenance.configuration(config),
-        versions=provenance.versions() | peers.versions(),
-        duration_s=round(time.monotonic() - started, 1),
+        **begun.common(peers.versions()),
     )
-    storage.publish_bytes(storage.join(output, CHART_NAME), predict_record.chart(record))
-    storage.publish_json(storage.join(output, RECORD_NAME), record.to_dict())
-    return record
+    storage.publish_bytes(storage.join(begun.output, CHART_NAME), predict_record.chart(record))
+    return begun.publish(record)
 
 
 class _Bench:

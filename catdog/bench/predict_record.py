@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import ClassVar, Final
 
+from catdog.bench.record import BenchRecord
 from catdog.bench.spread import Spread, spread
-from catdog.provenance import Host
-from catdog.records import Record, plural
+from catdog.records import plural
 from catdog.report import style
 
 OURS: Final = ("inline", "ray")
@@ -31,7 +31,7 @@ class Measurement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchPredictRecord(Record):
+class BenchPredictRecord(BenchRecord):
     """What `predict.json` holds.
 
     - `ratios`: of `inline` and `ray`, which are ours, by the other contender: images per second of ours, divided by
@@ -45,8 +45,9 @@ class BenchPredictRecord(Record):
     Steady figures are missing where there are too few images: the longer run was not the slower one.
     """
 
+    file_name: ClassVar[str] = "predict.json"
+
     command: str = "bench predict"
-    output: str
     images: str
     num_images: int
     image_size: int
@@ -72,14 +73,6 @@ class BenchPredictRecord(Record):
 
     engines: dict[str, int]
     """What computed ours, from the run record."""
-
-    host: Host
-    load_average: float
-    """Of the machine's last minute before the start."""
-
-    config: dict[str, Any]
-    versions: dict[str, str]
-    duration_s: float
 
     def summary(self) -> list[str]:
         """A table with a row per contender, and the limit."""

@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from catdog import bundle, provenance, scratch, storage
 from catdog.bench import processes, serve_record, shell
+from catdog.bench.record import Begun
 from catdog.bench.serve_record import CONTENDERS, NUM_CLIENTS, OURS, PEER, BenchServeRecord, Load
 from catdog.bench.spread import spread
 from catdog.bundle import Bundle
@@ -31,8 +32,6 @@ from catdog.images import decode
 from catdog.storage import SourceFile
 
 logger = logging.getLogger(__name__)
-
-RECORD_NAME: Final = "serve.json"
 
 MAX_IMAGES: Final = 64
 """Number of images that the clients send over and over."""
@@ -50,15 +49,12 @@ def bench_serve(config: BenchServeConfig) -> BenchServeRecord:
         UsageError: there is no image that can be labelled, or the output holds something else.
         CatdogError: a server did not start, or did not answer.
     """
-    started = time.monotonic()
-    output = storage.absolute(config.output)
+    begun = Begun(BenchServeRecord, config)
     images = storage.absolute(config.images, keep_slash=True)
-    storage.refuse_foreign_output(output, (RECORD_NAME,), says={"command": "bench serve"})
     model = bundle.load(config.model)
-    load_average = os.getloadavg()[0]
     with scratch.directory("bench") as directory:
         pictures = str(Path(directory, "pictures"))
-        files = _usable(list(storage.list_images(images, exclude=output)), model.image_size)
+        files = _usable(list(storage.list_images(images, exclude=begun.output)), model.image_size)
         if not files:
             raise UsageError(f"--images must hold an image that can be labelled. Received: --images={config.images}")
         shell.write_pictures(files, pictures)
@@ -68,7 +64,6 @@ def bench_serve(config: BenchServeConfig) -> BenchServeRecord:
     rounds = bench.rounds
     alone_ms = [1000 * sum(each.values()) for each in bench.alone]
     record = BenchServeRecord(
-        output=provenance.redact(output),
         images=provenance.redact(images),
         num_images=len(files),
         image_size=model.image_size,
@@ -78,14 +73,9 @@ def bench_serve(config: BenchServeConfig) -> BenchServeRecord:
         agreement=_agreement(bench.labels),
         rounds=rounds,
         engine=bench.engine,
-        host=provenance.host(),
-        load_average=load_average,
-        config=provenance.configuration(config),
-        versions=provenance.versions(),
-        duration_s=round(time.monotonic() - started, 1),
+        **begun.common(),
     )
-    storage.publish_json(storage.join(output, RECORD_NAME), record.to_dict())
-    return record
+    return begun.publish(record)
 
 
 def _usable(files: Sequence[SourceFile], size_px: int) -> list[SourceFile]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import ClassVar, Final
 
+from catdog.bench.record import BenchRecord
 from catdog.bench.spread import Spread, spread
-from catdog.provenance import Host
-from catdog.records import Record, plural
+from catdog.records import plural
 
 OURS: Final = "catdog"
 PEER: Final = "keras"
@@ -30,7 +30,7 @@ class Load:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchServeRecord(Record):
+class BenchServeRecord(BenchRecord):
     """What `serve.json` holds.
 
     - `ratios`: number of clients → images per second of ours, divided by those of the Keras server in the same round.
@@ -38,8 +38,9 @@ class BenchServeRecord(Record):
     - `overhead_ms`: by how much longer half of the answers take one client than `alone_ms`, in the same round.
     """
 
+    file_name: ClassVar[str] = "serve.json"
+
     command: str = "bench serve"
-    output: str
     images: str
     num_images: int
     image_size: int
@@ -54,14 +55,6 @@ class BenchServeRecord(Record):
 
     engine: str
     """What computed ours."""
-
-    host: Host
-    load_average: float
-    """Of the machine's last minute before the start."""
-
-    config: dict[str, Any]
-    versions: dict[str, str]
-    duration_s: float
 
     def summary(self) -> list[str]:
         """A table with a row per contender and number of clients."""

@@ -8,27 +8,23 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import re
 import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
-from catdog import provenance, scratch, storage
+from catdog import scratch, storage
 from catdog.bench import shell, tree
+from catdog.bench.record import Begun, BenchRecord
 from catdog.bench.spread import Spread, spread
 from catdog.config import BenchStartupConfig
 from catdog.errors import CatdogError
-from catdog.provenance import Host
-from catdog.records import Record
 
-RECORD_NAME: Final = "startup.json"
 NUM_PACKAGES: Final = 10
 """Packages that take the longest to import, of which the record tells."""
 
@@ -46,7 +42,7 @@ Stages = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchStartupRecord(Record):
+class BenchStartupRecord(BenchRecord):
     """What `startup.json` holds.
 
     The stages of a run, in their order, from the start of the process to its exit. Each is a median over the rounds:
@@ -61,8 +57,9 @@ class BenchStartupRecord(Record):
     - `exit`: the run record is written, and the process ends.
     """
 
+    file_name: ClassVar[str] = "startup.json"
+
     command: str = "bench startup"
-    output: str
     seconds: dict[str, Spread]
     """Of `inline`, `ray`, `floor` and `interpreter`: whole processes."""
 
@@ -82,13 +79,6 @@ class BenchStartupRecord(Record):
     """Package → seconds of its own modules' imports, in one run of inline, the slowest first."""
 
     rounds: list[dict[str, float]]
-    host: Host
-    load_average: float
-    """Of the machine's last minute before the start."""
-
-    config: dict[str, Any]
-    versions: dict[str, str]
-    duration_s: float
 
     def summary(self) -> list[str]:
         """The seconds, and where they go."""
@@ -109,10 +99,7 @@ def bench_startup(config: BenchStartupConfig) -> BenchStartupRecord:
         UsageError: there is no photograph, or the output holds something else.
         CatdogError: a process failed.
     """
-    started = time.monotonic()
-    output = storage.absolute(config.output)
-    storage.refuse_foreign_output(output, (RECORD_NAME,), says={"command": "bench startup"})
-    load_average = os.getloadavg()[0]
+    begun = Begun(BenchStartupRecord, config)
     with scratch.directory("bench") as directory:
         photograph = storage.absolute(config.images) if config.images else _drawing(directory)
         next(iter(storage.list_images(photograph)))  # refuse what is not there
@@ -129,7 +116,6 @@ def bench_startup(config: BenchStartupConfig) -> BenchStartupRecord:
         for name in EXECUTORS
     }
     record = BenchStartupRecord(
-        output=provenance.redact(output),
         seconds={name: spread([each[name] for each in rounds]) for name in rounds[0]},
         inline_by_floor=spread([each["inline"] / each["floor"] for each in rounds]),
         floor=FLOOR,
@@ -143,14 +129,9 @@ def bench_startup(config: BenchStartupConfig) -> BenchStartupRecord:
         },
         import_s=import_s,
         rounds=rounds,
-        host=provenance.host(),
-        load_average=load_average,
-        config=provenance.configuration(config),
-        versions=provenance.versions(),
-        duration_s=round(time.monotonic() - started, 1),
+        **begun.common(),
     )
-    storage.publish_json(storage.join(output, RECORD_NAME), record.to_dict())
-    return record
+    return begun.publish(record)
 
 
 def _drawing(directory: str) -> str:

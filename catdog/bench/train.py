@@ -8,29 +8,26 @@ tracing and its cold caches, is left out.
 from __future__ import annotations
 
 import logging
-import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import ClassVar, Final
 
-from catdog import hardware, provenance, scratch, storage
+from catdog import hardware, scratch, storage
 from catdog.bench import processes, subset
 from catdog.bench.processes import Epoch, Settings
+from catdog.bench.record import Begun, BenchRecord
 from catdog.bench.spread import Spread, spread
 from catdog.config import BenchTrainConfig, TrainConfig
 from catdog.dataset import reading
 from catdog.errors import UsageError
-from catdog.provenance import Host
-from catdog.records import Record, plural
+from catdog.records import plural
 from catdog.training import resolve
 
 logger = logging.getLogger(__name__)
 
-RECORD_NAME: Final = "bench.json"
 ARCH: Final = "cnn"
 """Its recipe trains on images of one size. Crops that grow would leave the tutorial, whose do not, more to compute."""
 
@@ -70,7 +67,7 @@ Round = Mapping[str, Measurement]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchTrainRecord(Record):
+class BenchTrainRecord(BenchRecord):
     """What `bench.json` holds.
 
     Its figures:
@@ -88,23 +85,16 @@ class BenchTrainRecord(Record):
       held in the object store, or decoded anew in every epoch on the cores that train.
     """
 
+    file_name: ClassVar[str] = "bench.json"
+
     command: str = "bench train"
-    output: str
     arch: str
     figures: dict[str, Figure]
     rounds: list[dict[str, Measurement]]
     num_workers: int
-    host: Host
-    load_average: float
-    """Of the machine's last minute before the start."""
-
     image_size: int
     num_images: int
     """Per epoch."""
-
-    config: dict[str, Any]
-    versions: dict[str, str]
-    duration_s: float
 
     def summary(self) -> list[str]:
         """Every figure with its range over the rounds and its target."""
@@ -136,15 +126,13 @@ def bench_train(config: BenchTrainConfig) -> BenchTrainRecord:
         UsageError: the dataset has too few JPEG files, or the output holds something else.
         TrainingError: a contender failed.
     """
-    started = time.monotonic()
-    output = storage.absolute(config.output)
-    storage.refuse_foreign_output(output, (RECORD_NAME,), says={"command": "bench train"})
+    begun = Begun(BenchTrainRecord, config)
     num_workers = config.num_workers or hardware.num_cores()
     batch_size = config.batch_size * num_workers
     training = resolve(
         TrainConfig(
             data=config.data,
-            output=output,
+            output=begun.output,
             arch=ARCH,
             weights="none",
             image_size=config.image_size,
@@ -160,7 +148,6 @@ def bench_train(config: BenchTrainConfig) -> BenchTrainRecord:
             f"Received: --num-images={config.num_images}"
         )
     rounds: list[dict[str, Measurement]] = []
-    load_average = os.getloadavg()[0]
     with scratch.directory("bench") as directory:
         trials = _trials(config, directory, num_workers, image_size, num_steps)
         for number in range(config.num_rounds):
@@ -176,21 +163,15 @@ def bench_train(config: BenchTrainConfig) -> BenchTrainRecord:
                 )
             rounds.append({name: measured[name] for name in trials})
     record = BenchTrainRecord(
-        output=provenance.redact(output),
         arch=ARCH,
         figures=figures(rounds, num_workers),
         rounds=rounds,
         num_workers=num_workers,
-        host=provenance.host(),
-        load_average=load_average,
         image_size=image_size,
         num_images=num_steps * batch_size,
-        config=provenance.configuration(config),
-        versions=provenance.versions(),
-        duration_s=round(time.monotonic() - started, 1),
+        **begun.common(),
     )
-    storage.publish_json(storage.join(output, RECORD_NAME), record.to_dict())
-    return record
+    return begun.publish(record)
 
 
 def _trials(
