@@ -82,7 +82,7 @@ def test_a_page_says_that_it_needs_nothing_else() -> None:
 def test_photographs_of_neither_and_those_that_are_gone() -> None:
     found = run_page(content()).decode()
     assert "Neither cat nor dog" in found
-    assert "2 photographs look like neither a cat nor a dog." in found
+    assert "2 photographs may show neither a cat nor a dog." in found
     assert found.count("data:image/jpeg;base64,") == 2
     assert "could not be read again" in found
 

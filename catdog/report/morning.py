@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from catdog.records import percent
+from catdog.records import percent, plural
 from catdog.report.html import Content, Markup, page, table, tag
 
 _WIDTH: Final = 520
@@ -317,7 +317,11 @@ def _photos(content: RunPage) -> list[Content]:
         text = "The photographs of this run with the least confidence in their label."
         found.append(section("Most uncertain", tag("p", text, class_="quiet"), photo_grid(content.uncertain)))
     if content.neither:
-        text = f"{content.neither_count:,} photographs look like neither a cat nor a dog. Their labels mean nothing."
+        number = plural(content.neither_count, "photograph")
+        text = (
+            f"{number} may show neither a cat nor a dog. Where that is so, the label means nothing. "
+            "A few cats and dogs are always among them."
+        )
         found.append(section("Neither cat nor dog", tag("p", text, class_="quiet"), photo_grid(content.neither)))
     return found
 
