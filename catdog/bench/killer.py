@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Final, Literal
 
 import numpy as np
 
+from catdog.bench.background import Background
 from catdog.bench.watched import Board
 from catdog.config import BenchChaosConfig
 
@@ -55,15 +55,14 @@ class Target:
     rank: int
 
 
-class Killer:
-    """Kills workers in a thread of its own, as long as a `with` block lasts, and counts what that costs."""
+class Killer(Background):
+    """Kills workers, in a thread, for the length of a `with` block, and counts what that costs."""
 
     def __init__(self, board: Board, config: BenchChaosConfig, num_steps: int) -> None:
+        super().__init__()
         self._board = board
         self._rng = np.random.default_rng((config.seed, config.num_kills))
         self._targets = list(self._draw(config.num_kills, config.num_workers, num_steps))
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="catdog-killer", daemon=True)
         self.kills: list[Kill] = []
         self.num_restarts = 0
         self.lost_steps: list[int] = []
@@ -80,13 +79,6 @@ class Killer:
 
         self._dead: set[int] = set()
         """The processes of all groups that have lost a worker."""
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_exception: object) -> None:
-        self._done.set()
-        self._thread.join()
 
     def _draw(self, num_kills: int, num_workers: int, num_steps: int) -> Iterator[Target]:
         stretch = num_steps / num_kills

@@ -9,8 +9,9 @@ import select
 import struct
 import threading
 from collections import Counter
-from types import TracebackType
 from typing import Final
+
+from catdog.bench.background import Background
 
 _IN_OPEN: Final = 0x00000020
 _IN_ISDIR: Final = 0x40000000
@@ -20,7 +21,7 @@ _BUFFER_BYTES: Final = 2**20
 _POLL_MS: Final = 100
 
 
-class Opened:
+class Opened(Background):
     """Counts how often each file is opened, in a thread, for the length of a `with` block.
 
     Attributes:
@@ -28,6 +29,7 @@ class Opened:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.has_overflowed = False
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._descriptor = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -37,20 +39,6 @@ class Opened:
         self._counts: Counter[str] = Counter()
         self._recent: set[str] = set()
         self._lock = threading.Lock()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="catdog-opened", daemon=True)
-
-    def __enter__(self) -> Opened:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, _type: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
-    ) -> None:
-        self._done.set()
-        self._thread.join()
-        self._read()
-        os.close(self._descriptor)
 
     def watch(self, directory: str, known_as: str) -> None:
         """Count the files directly in a directory, also when it is renamed to `known_as`."""
@@ -83,6 +71,10 @@ class Opened:
         while not self._done.is_set():
             if poll.poll(_POLL_MS):
                 self._read()
+
+    def _close(self) -> None:
+        self._read()
+        os.close(self._descriptor)
 
     def _read(self) -> None:
         """Note all that Linux has to tell."""

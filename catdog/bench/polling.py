@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from types import TracebackType
 from typing import Final
 
 import duckdb
 
 from catdog import storage
+from catdog.bench.background import Background
 from catdog.errors import CatdogError
 from catdog.inference.publish import is_part, list_parts, read_parts
 from catdog.provenance import one_line
@@ -19,7 +18,7 @@ _IDENTITY: Final = ("uri", "source_version", "model_id")
 _COUNTS: Final = "SELECT count(*), count(DISTINCT (uri, source_version, model_id)) FROM "
 
 
-class Reader:
+class Reader(Background):
     """Reads an output in a thread, for the length of a `with` block: with DuckDB, as its users do.
 
     An output on a remote storage is read through `catdog.storage`, because DuckDB has no way to it of its own.
@@ -33,31 +32,22 @@ class Reader:
     """
 
     def __init__(self, output: str, interval_s: float) -> None:
+        super().__init__()
         self.num_polls = self.num_twice = self.num_shrunk = self.num_rows = 0
         self.torn: list[str] = []
         self._output = output
         self._interval_s = interval_s
         self._database = duckdb.connect(config={"threads": 1, "python_enable_replacements": False})
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="catdog-reader", daemon=True)
-
-    def __enter__(self) -> Reader:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, _type: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
-    ) -> None:
-        self._done.set()
-        self._thread.join()
-        self.poll()
-        self._database.close()
 
     def _run(self) -> None:
         while not self._done.is_set():
             started = time.monotonic()
             self.poll()
             self._done.wait(max(0.0, started + self._interval_s - time.monotonic()))
+
+    def _close(self) -> None:
+        self.poll()
+        self._database.close()
 
     def poll(self) -> None:
         """Read everything once. Before the first part file is there, nothing is read."""
