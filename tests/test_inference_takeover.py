@@ -150,7 +150,10 @@ def test_a_dry_run_publishes_nothing(tmp_path: Path, model: str, capsys: pytest.
 # Taking over.
 
 
-def test_what_a_dead_run_left_is_done_as_it_had_planned_and_new_files_are_planned_beside(root: str, model: str) -> None:
+def test_what_a_dead_run_left_is_done_as_it_had_planned_and_new_files_are_planned_beside(
+    root: str, model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     fill(root, 0, 14)
     killed_run(root, model, 2)
     (name,) = plans_in(f"{root}/out")
@@ -162,8 +165,12 @@ def test_what_a_dead_run_left_is_done_as_it_had_planned_and_new_files_are_planne
     assert record.books == Books(listed=20, ok=11, error=1, already_done=8, duplicate=0)
     assert record.plans == [name.partition(".plan-")[0]]
     assert plans_in(f"{root}/out") == []
+    said = f"6 planned images of runs that died ({record.plans[0]}) come first, whatever --images is now."
+    assert caplog.text.count(said) == 1
     verify(f"{root}/out")
+    caplog.clear()
     again = run(root, model)
+    assert "come first" not in caplog.text
     assert (again.books.already_done, again.books.labelled) == (19, 0)
 
 

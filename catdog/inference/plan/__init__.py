@@ -18,6 +18,7 @@ it is. A new version of the same bytes is remembered (`Plan.note_same`).
 """
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,8 +34,9 @@ from catdog.inference.plan.index import INDEX_NAME, Index, SameImages
 from catdog.inference.plan.planner import MEMORY_LIMIT, Planner
 from catdog.inference.plan.published import PublishedPlans
 from catdog.inference.plan.slices import CONTENT_VERSION, PASSING_CODES, SLICE_SIZE, Counts, Slice, read_slices
-from catdog.inference.publish import columns_of
+from catdog.inference.publish import RUNS_NAME, columns_of
 from catdog.inference.sources import Collection, Root, listed, refuse_output_inside
+from catdog.records import plural
 from catdog.storage import outages
 from catdog.storage.manifests import Columns
 from catdog.storage.patterns import Chosen
@@ -52,6 +54,8 @@ __all__ = [
 ]
 
 _POLL_S: Final = 0.1
+
+logger = logging.getLogger(__name__)
 
 
 class Plan:
@@ -115,6 +119,14 @@ class Plan:
     def _plan_all(self) -> None:
         for path in self._planner.take_over(self._plans.open_plans(self._scratch)):
             self._files.put((path, ()))
+        if self.counts.to_label:
+            logger.info(
+                "%s of runs that died (%s) come first, whatever --images is now. To give them up, stop this run, and "
+                "delete %s/*.plan-* in the output",
+                plural(self.counts.to_label, "planned image"),
+                ", ".join(self.taken_from),
+                RUNS_NAME,
+            )
         for chunk in ahead(chunks(self.listed, self._scratch, self._stop), self._stop):
             files = self._planner.plan(chunk)
             self._is_listed = chunk.is_last and not self._stop.is_set()
