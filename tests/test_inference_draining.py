@@ -3,7 +3,7 @@
 import signal
 import subprocess
 import sys
-from datetime import datetime
+from datetime import datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -36,6 +36,19 @@ def test_a_deadline_that_has_come_is_over() -> None:
     drain = Drain("06:00", at("2026-03-01 22:00"))
     assert drain.is_over()
     assert drain.reason == "deadline"
+
+
+def test_a_command_that_is_started_again_has_the_deadline_of_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that dies at 05:59 is started again at 06:00, and must not go on until the next morning."""
+    now = datetime.now()
+    monkeypatch.setenv("CATDOG_BEGIN", str((now - timedelta(minutes=5)).timestamp()))
+    assert Drain((now - timedelta(minutes=2)).strftime("%H:%M")).is_over()
+    assert not Drain((now + timedelta(minutes=2)).strftime("%H:%M")).is_over()
+    monkeypatch.delenv("CATDOG_BEGIN")
+    assert not Drain((now - timedelta(minutes=2)).strftime("%H:%M")).is_over()
+    monkeypatch.setenv("CATDOG_BEGIN", "yesterday")
+    with pytest.raises(UsageError, match="CATDOG_BEGIN must be seconds since 1970"):
+        Drain("06:00")
 
 
 @pytest.mark.parametrize("text", ["", "6", "24:00", "06:60", "6am", "06:00:00", " 06:00"])

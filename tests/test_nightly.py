@@ -6,8 +6,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,6 +87,61 @@ def test_a_second_script_at_once_ends_with_a_code_of_its_own(tmp_path: Path) -> 
     assert run.returncode == 75
     assert "another run holds" in run.stderr
     assert not (tmp_path / "calls").exists()
+
+
+def test_scripts_with_other_arguments_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    """Two cameras, two outputs, one machine: a common lock would leave one of them without labels every night."""
+    environment = stand_in(tmp_path, 0) | {"XDG_RUNTIME_DIR": str(tmp_path)}
+    del environment["CATDOG_LOCK"]
+    (tmp_path / "catdog").write_text(
+        f"#!/bin/sh\necho $5 >> calls\n[ $5 = two ] || exec {NIGHTLY}/nightly.sh --images p --output two\n"
+    )
+    command = [str(NIGHTLY / "nightly.sh"), "--images", "p", "--output"]
+    run = subprocess.run([*command, "one"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert (tmp_path / "calls").read_text() == "one\ntwo\n"
+
+
+def test_a_signal_to_the_script_reaches_what_it_started(tmp_path: Path) -> None:
+    """Else a stopped container, or a supervisor, would leave a run that nobody stops."""
+    environment = stand_in(tmp_path)
+    (tmp_path / "catdog").write_text(
+        "#!/bin/sh\ntrap 'echo told >> calls; exit 143' TERM\necho started\nwhile :; do sleep 0.1; done\n"
+    )
+    command = [str(NIGHTLY / "nightly.sh"), "--images", "p", "--output", "out"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as script:
+        assert script.stdout is not None
+        assert script.stdout.readline() == "started\n"
+        script.send_signal(signal.SIGTERM)
+        _, said = script.communicate(timeout=60)
+    assert script.returncode == 143
+    assert "nightly: failed with exit code 143" in said
+    assert (tmp_path / "calls").read_text() == "told\n"
+
+
+def test_a_signal_between_two_tries_ends_the_script(tmp_path: Path) -> None:
+    environment = stand_in(tmp_path, 1, 0) | {"CATDOG_PAUSE_S": "60"}
+    command = [str(NIGHTLY / "nightly.sh"), "--images", "p", "--output", "out"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as script:
+        assert script.stderr is not None
+        assert script.stderr.readline() == "nightly: try 1 ended with exit code 1\n"
+        script.send_signal(signal.SIGTERM)
+        assert script.wait(20) == 143
+    assert len((tmp_path / "calls").read_text().splitlines()) == 1
+
+
+def test_all_tries_count_the_deadline_from_the_first_one(tmp_path: Path) -> None:
+    environment = stand_in(tmp_path, 1, 0)
+    (tmp_path / "catdog").write_text(
+        '#!/bin/sh\necho "$CATDOG_BEGIN" >> calls\ncode=$(head -n 1 codes)\nsed -i 1d codes\nexit "$code"\n'
+    )
+    before = int(time.time())
+    subprocess.run([str(NIGHTLY / "nightly.sh")], cwd=tmp_path, env=environment, timeout=60, check=True)
+    first, second = (tmp_path / "calls").read_text().splitlines()
+    assert first == second
+    assert before <= int(first) <= time.time()
 
 
 def test_the_script_starts_the_real_command(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import mmap
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -33,6 +34,9 @@ _MAX_DEATHS: Final = 3
 """How many children may die one after the other of which none has got anywhere."""
 
 _HANDLED: Final = frozenset({signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGTSTP})
+
+_BEGIN_VARIABLE: Final = "CATDOG_BEGIN"
+"""`catdog.inference.draining.BEGIN_VARIABLE`, of a module that is too heavy for the parent."""
 
 _PR_SET_PDEATHSIG: Final = 1
 """Linux: the signal that a process gets when its parent dies."""
@@ -53,6 +57,7 @@ def outlive_deaths() -> Callable[[], None]:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+    os.environ.setdefault(_BEGIN_VARIABLE, str(time.time()))  # all children count their deadline from here
     parent, on_child = os.getpid(), signal.signal(signal.SIGCHLD, lambda *_: None)  # to ignore it would be to lose it
     while True:
         has_progressed[0] = 0

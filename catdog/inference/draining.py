@@ -14,9 +14,16 @@ from datetime import datetime, timedelta
 from types import FrameType
 from typing import Final
 
+from catdog.errors import UsageError
+
 logger = logging.getLogger(__name__)
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+
+BEGIN_VARIABLE: Final = "CATDOG_BEGIN"
+"""The environment variable that says when a job began whose command was started again, in seconds since 1970. So a
+deadline that came in between is not taken for that of the next day. `nightly.sh` sets it, and the process that starts
+one that labels anew after its death."""
 
 
 class Drain:
@@ -27,10 +34,13 @@ class Drain:
 
         Args:
             deadline: a time of day, `HH:MM`, in the time zone of this machine; None for none.
-            now: the time from which on the deadline is the next one; None for that of the clock.
+            now: the time from which on the deadline is the next one; None for the beginning of the job.
+
+        Raises:
+            UsageError: the environment says no time at which the job began.
         """
         # A time without a zone is that of this machine, also after the clocks were put forward or back.
-        self._at = None if deadline is None else next_time(deadline, now or datetime.now()).astimezone()
+        self._at = None if deadline is None else next_time(deadline, now or _beginning()).astimezone()
         self._signal: int | None = None
         self._is_deadline_over = False
         if self._at is not None:
@@ -79,6 +89,17 @@ class Drain:
         """Do what the signal would have done that has drained the run, if there was one."""
         if self._signal is not None:
             os.kill(os.getpid(), self._signal)
+
+
+def _beginning() -> datetime:
+    """When this job began, on the clock of this machine: now, or when it was first started."""
+    text = os.environ.get(BEGIN_VARIABLE)
+    if not text:
+        return datetime.now()
+    try:
+        return datetime.fromtimestamp(float(text))
+    except (ValueError, OverflowError, OSError):
+        raise UsageError(f"{BEGIN_VARIABLE} must be seconds since 1970. Received: {BEGIN_VARIABLE}={text}") from None
 
 
 def next_time(time_of_day: str, now: datetime) -> datetime:
