@@ -2,12 +2,32 @@
 
 import contextlib
 import importlib.util
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+
+
+def make_usable() -> None:
+    """Let this process write to stdout and stderr, wherever it was started, whatever it has to say.
+
+    A daemon may start it without them: then what is written is lost, and does not get into the file that would have had
+    their numbers. A name that the locale cannot write, or that is not UTF-8, is written with backslashes.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)  # it may get this very number
+            if nowhere != descriptor:
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
+            setattr(sys, name, os.fdopen(descriptor, "r" if descriptor == 0 else "w", closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -498,6 +499,57 @@ def test_signals_unwind_and_exit_quietly(number: signal.Signals, exit_code: int)
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (exit_code, b"unwound\n", b"")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_daemon_may_start_a_command_without_its_streams(tmp_path: Path, closed: str) -> None:
+    """What is written to stdout and stderr must not get into a file that was opened in their place."""
+    code = """if True:
+        import sys
+        from catdog import cli
+        cli._main = lambda args, is_alone: cli._tell("the result") or print("a warning", file=sys.stderr) or 0
+        sys.stdout and sys.stdout.flush()
+        make_usable = cli.streams.make_usable
+        def opening():
+            make_usable()
+            global file
+            file = open(sys.argv[1], "w")
+            print(file.fileno(), file=file, flush=True)
+        cli.streams.make_usable = opening
+        cli.run([])
+    """
+    run = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", sys.executable, "-c", code, str(tmp_path / "file")])
+    assert run.returncode == 0
+    assert int((tmp_path / "file").read_text()) > 2
+
+
+def test_the_result_is_printed_whatever_the_locale_can_write() -> None:
+    code = """if True:
+        from catdog import cli
+        cli._main = lambda args, is_alone: cli._tell("caf\\u00e9 caf\\udce9") or 0
+        cli.run([])
+    """
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "caf\\xe9 caf\\udce9\n", "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_nobody_reads_the_result(unbuffered: str) -> None:
+    code = """if True:
+        from catdog import cli
+        cli._main = lambda args, is_alone: cli._tell("the result")
+        cli.run([])
+    """
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert run.returncode == 1
+    assert run.stderr == "error: what reads stdout must read all of it. Received: it has ended; the work is done\n"
 
 
 def test_stdout_is_the_results_alone() -> None:

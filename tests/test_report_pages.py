@@ -56,6 +56,10 @@ def content(**changes: Any) -> RunPage:
     return dataclasses.replace(made, **changes)
 
 
+def test_a_name_that_is_no_utf_8_is_written_with_a_backslash() -> None:
+    assert b"<p>caf\\udce9.jpg caf\xc3\xa9</p>" in page("a page", tag("p", "caf\udce9.jpg café"))
+
+
 def test_every_text_is_escaped() -> None:
     found = run_page(content()).decode()
     assert "<script" not in found

@@ -62,6 +62,7 @@ _EXTRA_OF: Final = {
 
 def run(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command line (default: the process's), and end the process, as `catdog` and the scripts in `jobs` do."""
+    streams.make_usable()
     leave(main(argv, is_alone=True))
 
 
@@ -72,8 +73,9 @@ def leave(exit_code: int) -> NoReturn:
     second with Ray, and DuckDB would tell the user which of its objects Ray Data still holds.
     """
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # whoever was to read it is gone, which `_main` has told
+            stream.flush()
     os._exit(exit_code)
 
 
@@ -144,11 +146,23 @@ def _main(args: list[str], *, is_alone: bool) -> int:
     with streams.stdout_kept_clean():
         run: Callable[[Any], Record] = getattr(importlib.import_module(command.module), command.function)
         record = run(config)
-    print(_to_json(record) if flags.json else "\n".join(record.summary()))
+    _tell(_to_json(record) if flags.json else "\n".join(record.summary()))
     if (complaint := record.complaint()) is None:
         return EXIT_OK
     print(f"error: {complaint}", file=sys.stderr)
     return record.failure_exit_code
+
+
+def _tell(text: str) -> None:
+    """Print what a command has done.
+
+    Raises:
+        CatdogError: nobody reads it any more.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise CatdogError("what reads stdout must read all of it. Received: it has ended; the work is done") from None
 
 
 def _outlive_deaths(config: PredictConfig | ServeConfig) -> None:

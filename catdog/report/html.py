@@ -72,7 +72,8 @@ def page(title: str, *content: Content) -> bytes:
         tag("style", style),
     )
     body = tag("body", tag("main", *content))
-    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n".encode()
+    # A path may hold bytes that are no UTF-8, which Python has as surrogates.
+    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n".encode(errors="backslashreplace")
 
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[Content]], *, text_columns: Iterable[int] = (0,)) -> Markup:
