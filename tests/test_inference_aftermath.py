@@ -33,12 +33,14 @@ class Hook:
         self.status = status
         self.delay_s = 0.0
         self.posts: list[dict[str, Any]] = []
+        self.authorizations: list[str | None] = []
         hook = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 assert self.headers["Content-Type"] == "application/json"
+                hook.authorizations.append(self.headers["Authorization"])
                 hook.posts.append(json.loads(body))
                 time.sleep(hook.delay_s)
                 self.send_response(hook.status)
@@ -97,7 +99,8 @@ def samples_of(families: Any) -> dict[str, dict[str, float]]:
         assert family.type == "gauge"
         assert family.documentation.endswith(".")
         for sample in family.samples:
-            found.setdefault(sample.name, {})[",".join(sample.labels.values())] = sample.value
+            labels = [value for name, value in sample.labels.items() if name != "output"]
+            found.setdefault(sample.name, {})[",".join(labels)] = sample.value
     return found
 
 
@@ -128,7 +131,7 @@ def test_a_failure_carries_the_last_success_over(record: RunRecord, images: Path
 
 def test_too_many_failures_are_no_success(record: RunRecord) -> None:
     bad = replace(record, failed_fraction_exceeded=True)
-    text = openmetrics.text_of(bad, now=200.0, last_success=100.0)
+    text = openmetrics.text_of(bad, "out", now=200.0, last_success=100.0)
     found = samples_of(parse_open(text))  # type: ignore[no-untyped-call]
     assert found["catdog_last_run_success"] == {"": 0}
     assert found["catdog_last_success_timestamp_seconds"] == {"": 100}
@@ -137,7 +140,7 @@ def test_too_many_failures_are_no_success(record: RunRecord) -> None:
 def test_a_run_that_was_killed_is_no_success(record: RunRecord) -> None:
     part = replace(record, complete=False)
     for is_killed in (False, True):
-        text = openmetrics.text_of(part, now=200.0, last_success=100.0, is_killed=is_killed)
+        text = openmetrics.text_of(part, "out", now=200.0, last_success=100.0, is_killed=is_killed)
         found = samples_of(parse_open(text))  # type: ignore[no-untyped-call]
         assert found["catdog_last_run_complete"] == {"": 0}
         assert found["catdog_last_run_success"] == {"": int(not is_killed)}
@@ -145,10 +148,29 @@ def test_a_run_that_was_killed_is_no_success(record: RunRecord) -> None:
 
 def test_a_label_may_hold_anything(record: RunRecord) -> None:
     odd = replace(record, errors={'a"b\\c\nd': 1}, skipped={"/private/dir may not be read": 2, "not_an_image": 1})
-    text = openmetrics.text_of(odd, now=1.0, last_success=None)
+    text = openmetrics.text_of(odd, "out", now=1.0, last_success=None)
     found = samples_of(parse_open(text))  # type: ignore[no-untyped-call]
     assert found["catdog_last_run_errors"] == {'a"b\\c\nd': 1}
     assert found["catdog_last_run_skipped"] == {"other": 2, "not_an_image": 1}
+
+
+def test_two_outputs_have_no_sample_in_common(record: RunRecord) -> None:
+    """node_exporter reads both files, and shows none of their metrics if one sample is in both."""
+    samples = []
+    for output in ("/srv/one", "s3://key:SECRET@host/caf\udce9"):
+        texts = (
+            openmetrics.text_of(record, output, now=1.0, last_success=None),
+            openmetrics.text_of_failure(output, now=1.0, last_success=1.0),
+        )
+        for text in texts:
+            text.encode()
+            assert "SECRET" not in text
+            assert openmetrics._last_success(text) == 1
+        families = parse_open(texts[0])  # type: ignore[no-untyped-call]
+        samples.append({(each.name, str(each.labels)) for family in families for each in family.samples})
+    assert samples[0]
+    assert not samples[0] & samples[1]
+    assert openmetrics._last_success("catdog_last_success_timestamp_seconds 12.5\n") == 12.5  # of an older catdog
 
 
 def test_a_failure_writes_nothing_where_there_was_nothing(tmp_path: Path) -> None:
@@ -231,6 +253,24 @@ def test_slack_gets_no_field_that_it_does_not_know(record: RunRecord) -> None:
     assert set(body) == {"text", "attachments"}
     assert set(body["attachments"][0]) == {"color", "fallback", "fields"}
     assert body["attachments"][0]["fields"] == [{"title": "a", "value": "b", "short": True}]
+
+
+def test_a_message_is_no_longer_than_slack_takes(hook: Hook, record: RunRecord) -> None:
+    """A shell makes thousands of sources of a glob; a name may be no UTF-8, which is no JSON for most servers."""
+    sources = tuple(f"photos/{number:05}.jpg" for number in range(5000))
+    config = PredictConfig(images=(f"caf\udce9{'x' * 5000}", *sources), output="out")
+    notice.tell_failure(hook.url, config, UsageError("too long " * 5000))
+    notice.tell_end(hook.url, replace(record, config={**record.config, "images": list(sources)}))
+    for post in hook.posts:
+        texts = [post["text"], *(field["value"] for field in post["attachments"][0]["fields"])]
+        assert max(map(len, texts)) <= 2000
+        assert all(text.encode() for text in texts)
+    assert hook.posts[1]["record"]["config"]["images"][-2:] == ["photos/00009.jpg", "and 4,990 more"]
+
+
+def test_a_hook_may_want_a_password(hook: Hook, record: RunRecord) -> None:
+    notice.tell_end(hook.url.replace("://", "://me:pass%40word@"), record)
+    assert hook.authorizations == ["Basic bWU6cGFzc0B3b3Jk"]
 
 
 def test_a_hook_is_a_url_of_http(monkeypatch: pytest.MonkeyPatch) -> None:

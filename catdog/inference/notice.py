@@ -5,6 +5,7 @@ hook that is not Slack's is sent the run record, too, under `record`. The hook's
 write there. So it may come from the environment, and no record and no message shows more of it than its host.
 """
 
+import base64
 import json
 import logging
 import os
@@ -28,6 +29,12 @@ TIMEOUT_S: Final = 10.0
 
 _NOT_SENT: Final = ("parts",)
 """Fields of a record that are long, and of no use without the output."""
+
+_MAX_CHARS: Final = 2000
+"""Of a text. Slack cuts longer ones, or takes nothing of the message."""
+
+_MAX_SOURCES: Final = 10
+"""A shell makes thousands of a glob that has no quotes."""
 
 
 def url_of(config: PredictConfig) -> str | None:
@@ -62,6 +69,7 @@ def tell_end(url: str, record: RunRecord) -> None:
     fields += [("Drift", " ".join(record.drift))] if record.drift else []
     fields.append(("Report", f"{redact(record.output).rstrip('/')}/_runs/{record.run_id}.html"))
     sent = {name: value for name, value in record.to_dict().items() if name not in _NOT_SENT}
+    sent["config"] = {**record.config, "images": _first(record.config["images"])}
     _post(url, _body(url, text, colour, fields, sent))
 
 
@@ -71,7 +79,7 @@ def tell_failure(url: str, config: PredictConfig, error: BaseException) -> None:
     exit_code = error.exit_code if isinstance(error, CatdogError) else 1
     fields = [
         ("Output", redact(config.output)),
-        ("Images", ", ".join(map(redact, config.sources))),
+        ("Images", ", ".join(_first(list(map(redact, config.sources))))),
         ("What is labelled so far", "It is kept. The same command does the rest."),
     ]
     record = {"status": "failed", "error": said, "kind": type(error).__name__, "exit_code": exit_code}
@@ -86,12 +94,31 @@ def _body(url: str, text: str, colour: str, fields: list[tuple[str, str]], recor
     }
     if not (urllib.parse.urlsplit(url).hostname or "").endswith(".slack.com"):
         body["record"] = record
-    return json.dumps(body).encode()
+    # A path may hold bytes that are no UTF-8, and escapes of surrogates are no JSON for most servers.
+    return json.dumps(body, ensure_ascii=False).encode(errors="replace")
+
+
+def _first(sources: list[str]) -> list[str]:
+    """The first of many sources, and how many more there are."""
+    more = len(sources) - _MAX_SOURCES
+    return sources if more <= 0 else [*sources[:_MAX_SOURCES], f"and {more:,} more"]
 
 
 def _plain(text: str) -> str:
-    """A text in which Slack finds no link, and nobody to call: `<!channel>` in a file's name stays a file's name."""
+    """A text in which Slack finds no link, and nobody to call: `<!channel>` in a file's name stays a file's name.
+
+    It is not too long for Slack.
+    """
+    text = text if len(text) <= _MAX_CHARS else f"{text[: _MAX_CHARS - 1]}…"
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _split(url: str) -> tuple[str, str]:
+    """A URL without the name and password of `https://name:password@host/`, and these as HTTP has them, if any."""
+    parts = urllib.parse.urlsplit(url)
+    user_info, at, host = parts.netloc.rpartition("@")
+    credentials = base64.b64encode(urllib.parse.unquote_to_bytes(user_info)).decode()
+    return (parts._replace(netloc=host).geturl(), credentials) if at else (url, "")
 
 
 def _post(url: str, body: bytes) -> None:
@@ -111,7 +138,9 @@ def _post(url: str, body: bytes) -> None:
     def send() -> None:
         headers = {"Content-Type": "application/json", "User-Agent": f"catdog/{__version__}"}
         try:
-            request = urllib.request.Request(url, body, headers, method="POST")
+            address, credentials = _split(url)
+            headers |= {"Authorization": f"Basic {credentials}"} if credentials else {}
+            request = urllib.request.Request(address, body, headers, method="POST")
             with urllib.request.build_opener(NoRedirects).open(request, timeout=TIMEOUT_S):
                 pass
         except urllib.error.HTTPError as error:

@@ -2,7 +2,8 @@
 
 One file with one name, which each run replaces: node_exporter's textfile collector reads `*.prom` of a directory, and
 wants each metric once; `curl --data-binary` pushes the file to a Pushgateway. It is valid for Prometheus's older text
-form, too. The time of the last success is carried over by a run that fails, so that an alarm needs one rule:
+form, too. Each sample has the label `output`: of two files with the same samples node_exporter shows none. The time of
+the last success is carried over by a run that fails, so that an alarm needs one rule:
 `time() - catdog_last_success_timestamp_seconds > 30 * 3600`.
 """
 
@@ -13,6 +14,7 @@ from typing import Final
 
 from catdog import storage
 from catdog.inference.books import RUNS_NAME, RunRecord
+from catdog.provenance import redact
 
 METRICS_NAME: Final = "metrics.prom"
 
@@ -20,10 +22,11 @@ _LAST_SUCCESS: Final = "catdog_last_success_timestamp_seconds"
 
 
 class _Page:
-    """Lines of gauges, each family once."""
+    """Lines of gauges of an output, each family once."""
 
-    def __init__(self) -> None:
+    def __init__(self, output: str) -> None:
         self.lines: list[str] = []
+        self._output = f'output="{_escaped(redact(output))}"'
 
     def gauge(self, name: str, help_text: str, value: float | Mapping[str, float] | None, label: str = "") -> None:
         """Add a gauge, or one for each value of a label. Nothing if there is no value."""
@@ -31,15 +34,19 @@ class _Page:
             return
         self.lines += [f"# HELP {name} {help_text}", f"# TYPE {name} gauge"]
         if isinstance(value, Mapping):
-            self.lines += [f'{name}{{{label}="{_escaped(key)}"}} {_number(each)}' for key, each in value.items()]
+            self.lines += [
+                f'{name}{{{self._output},{label}="{_escaped(key)}"}} {_number(each)}' for key, each in value.items()
+            ]
         else:
-            self.lines.append(f"{name} {_number(value)}")
+            self.lines.append(f"{name}{{{self._output}}} {_number(value)}")
 
     def text(self) -> str:
         return "\n".join([*self.lines, "# EOF", ""])
 
 
 def _escaped(text: str) -> str:
+    """A text as the value of a label, which is Unicode whatever bytes a path has."""
+    text = text.encode(errors="backslashreplace").decode()
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
@@ -47,17 +54,18 @@ def _number(value: float) -> str:
     return repr(float(value)) if isinstance(value, float) else str(int(value))
 
 
-def text_of(record: RunRecord, *, now: float, last_success: float | None, is_killed: bool = False) -> str:
+def text_of(record: RunRecord, output: str, *, now: float, last_success: float | None, is_killed: bool = False) -> str:
     """The metrics of a run that has come to its end.
 
     Args:
         record: its record.
+        output: where its output lies, as an absolute path or URL.
         now: when it ended, in seconds since 1970.
         last_success: when a run last succeeded before; None if that was never, or nobody knows.
         is_killed: whether a signal made it stop before its end. Then it is no success; one with a deadline is.
     """
     is_success = record.complaint() is None and not is_killed
-    page = _begun(now, is_success=is_success, last_success=now if is_success else last_success)
+    page = _begun(output, now, is_success=is_success, last_success=now if is_success else last_success)
     books = record.to_dict()["books"]
     page.gauge("catdog_last_run_complete", "Whether the last run did all that there was to do.", int(record.complete))
     page.gauge("catdog_last_run_images", "Images of the last run, by where they went.", books, "outcome")
@@ -79,9 +87,9 @@ def text_of(record: RunRecord, *, now: float, last_success: float | None, is_kil
     return page.text()
 
 
-def text_of_failure(*, now: float, last_success: float | None) -> str:
+def text_of_failure(output: str, *, now: float, last_success: float | None) -> str:
     """The metrics of a run that failed."""
-    return _begun(now, is_success=False, last_success=last_success).text()
+    return _begun(output, now, is_success=False, last_success=last_success).text()
 
 
 def _short(reasons: Mapping[str, int]) -> dict[str, int]:
@@ -93,8 +101,8 @@ def _short(reasons: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
-def _begun(now: float, *, is_success: bool, last_success: float | None) -> _Page:
-    page = _Page()
+def _begun(output: str, now: float, *, is_success: bool, last_success: float | None) -> _Page:
+    page = _Page(output)
     page.gauge("catdog_last_run_timestamp_seconds", "When the last run ended.", round(now, 3))
     page.gauge("catdog_last_run_success", "Whether the last run succeeded.", int(is_success))
     page.gauge(_LAST_SUCCESS, "When a run last succeeded.", None if last_success is None else round(last_success, 3))
@@ -113,14 +121,14 @@ def publish(output: str, record: RunRecord | None, *, is_killed: bool = False) -
     before = storage.read_text(url) if storage.exists(url) else None
     now = time.time()
     if record is not None:
-        text = text_of(record, now=now, last_success=_last_success(before or ""), is_killed=is_killed)
+        text = text_of(record, output, now=now, last_success=_last_success(before or ""), is_killed=is_killed)
     elif before is not None:
-        text = text_of_failure(now=now, last_success=_last_success(before))
+        text = text_of_failure(output, now=now, last_success=_last_success(before))
     else:
         return
     storage.publish_bytes(url, text.encode())
 
 
 def _last_success(before: str) -> float | None:
-    found = re.search(rf"^{_LAST_SUCCESS} ([0-9.]+)$", before, re.MULTILINE)
+    found = re.search(rf"^{_LAST_SUCCESS}(?:\{{.*\}})? ([0-9.]+)$", before, re.MULTILINE)
     return float(found[1]) if found else None
