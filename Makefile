@@ -10,8 +10,9 @@ INSTALLED := .venv/installed
 demo: $(INSTALLED)
 	$(BIN)/catdog demo --output catdog-demo
 
-# Two test modules at a time: together they keep two cores busy, and take the memory of two Rays.
-PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+# Two test modules at a time: together they keep two cores busy, and take the memory of two Rays. A process that dies
+# fails its test, and is not started again: pytest-xdist 3.8 then waits for ever, or ends with an error of its own.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --max-worker-restart 0
 
 test: $(INSTALLED)
 	$(PYTEST) --durations=15
