@@ -47,7 +47,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
 def epochs_of(settings: processes.Settings) -> list[processes.Epoch]:
     """As if all were equally fast, but for a slow first epoch, and the streamed one waiting half the time."""
     num_images = 32.0 if settings["num_workers"] == 2 else 16.0
-    input_s = 0.5 if settings["contender"] == "ray_train" and not settings["in_memory"] else 0.0
+    input_s = 0.5 if settings["role"] == "ray_train" and not settings["in_memory"] else 0.0
     return [
         {"num_images": num_images, "seconds": seconds, "input_s": input_s, "train_loss": 0.7} for seconds in (9, 1, 1)
     ]
@@ -59,7 +59,7 @@ def test_train_measures_every_contender_in_every_round(
     order = []
 
     def run(settings: list[processes.Settings], scratch: str) -> list[list[processes.Epoch]]:
-        order.append(tuple(settings[0].get(name) for name in ("contender", "num_workers", "in_memory", "jit_compile")))
+        order.append(tuple(settings[0].get(name) for name in ("role", "num_workers", "in_memory", "jit_compile")))
         assert load_info(settings[0]["data"]).num_images("train") == 16 * settings[0]["num_workers"]
         assert len(list(Path(settings[0]["pictures"]).glob("*/*.jpg"))) == 32
         assert len({each["output"] for each in settings}) == 1
@@ -144,8 +144,8 @@ def test_an_output_that_holds_something_else_is_refused(
 
 
 def test_a_contender_that_fails_ends_the_others(tmp_path: Path) -> None:
-    broken = {"contender": "tutorial", "pictures": str(tmp_path / "none"), "image_size": 48, "batch_size": 8}
-    waiting = {"contender": "bare", "rank": 0, "addresses": ["127.0.0.1:1", "127.0.0.1:2"]}
+    broken = {"role": "tutorial", "pictures": str(tmp_path / "none"), "image_size": 48, "batch_size": 8}
+    waiting = {"role": "bare", "rank": 0, "addresses": ["127.0.0.1:1", "127.0.0.1:2"]}
     with pytest.raises(TrainingError, match=r"^a contender must finish\. Received: (tutorial|bare) with exit code 1: "):
         processes.run([broken, waiting], str(tmp_path))
 
@@ -294,8 +294,8 @@ def test_ray_train_and_bare_processes_take_the_same_steps(
         "epochs": bundle.load(str(output)).card["epochs_trained"],
     }
     addresses = [f"127.0.0.1:{port}" for port in processes.free_ports(2)]
-    bare = [settings | {"contender": "bare", "rank": rank, "addresses": addresses} for rank in range(2)]
-    tutorial = settings | {"contender": "tutorial", "jit_compile": False}
+    bare = [settings | {"role": "bare", "rank": rank, "addresses": addresses} for rank in range(2)]
+    tutorial = settings | {"role": "tutorial", "jit_compile": False}
     one, other, keras = processes.run([*bare, tutorial], str(tmp_path))
     ray_train = contenders.ray_train(settings | {"in_memory": True})  # has been trained already
 

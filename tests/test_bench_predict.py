@@ -12,7 +12,7 @@ import pytest
 from inference_case import encoded_drawings
 
 from catdog import hardware, storage
-from catdog.bench import limit, peers, predict, predict_record, shell, tree
+from catdog.bench import folders, limit, peers, predict, predict_record, tree
 from catdog.bench.predict_record import Measurement
 from catdog.bench.spread import spread
 from catdog.config import BenchPredictConfig
@@ -115,7 +115,7 @@ def test_the_peers_get_every_image_as_a_file(tmp_path: Path, pictures: Path) -> 
         for picture in sorted(pictures.iterdir())[:3]:
             archive.write(picture, f"train/{picture.name}")
     files = list(storage.list_images(str(path)))
-    uris = shell.write_pictures(files, str(tmp_path / "folder"))
+    uris = folders.write_pictures(files, str(tmp_path / "folder"))
     assert list(uris) == ["00000000.jpg", "00000001.jpg", "00000002.jpg"]
     assert [uri.partition("::")[0] for uri in uris.values()] == [f"zip://train/00{number}.jpg" for number in range(3)]
     assert [(tmp_path / "folder" / name).read_bytes() for name in uris] == [
@@ -127,7 +127,7 @@ def test_the_peers_get_every_image_as_a_file(tmp_path: Path, pictures: Path) -> 
 def test_the_limit_has_every_part(pictures: Path, model: str) -> None:
     (pictures / "letter.jpg").write_text("Dear cat,")
     try:
-        seconds = limit.seconds_per_image(str(pictures), model)
+        seconds = limit.limit({"images": str(pictures), "model": model})
     finally:
         (pictures / "letter.jpg").unlink()
     assert list(seconds) == list(limit.PARTS)

@@ -1,7 +1,6 @@
-"""What `catdog bench train` compares, in processes of their own: `python -m catdog.bench.contenders SETTINGS RESULT`.
+"""What `catdog bench train` compares: roles, which return a row per epoch.
 
-`SETTINGS` is JSON, and `RESULT` the file that gets a row per epoch. All train the same network on the same images with
-batches of the same size, on the CPU.
+All train the same network on the same images with batches of the same size, on the CPU.
 
 - `ray_train`: `catdog train`, on an embedded Ray. Its seconds are those of `history.csv`, input and computing: neither
   validation nor checkpoints count.
@@ -22,14 +21,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from catdog import architectures, hardware, storage
 from catdog.architectures import fast_layers
+from catdog.bench import processes
 from catdog.bench.processes import Epoch, Settings
 from catdog.config import TrainConfig
 from catdog.dataset import reading
@@ -49,6 +47,8 @@ def ray_train(settings: Settings) -> list[Epoch]:
     """Train with `catdog train`."""
     from catdog.training import train
 
+    # Ray's processes end with this one. The other contenders may be busy outside Python, and are ended by the signal.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     config = train_config(settings)
     train(config, in_memory=settings["in_memory"])
     history = csv.DictReader(io.StringIO(storage.read_text(storage.join(config.output, "history.csv"))))
@@ -148,23 +148,10 @@ def tutorial(settings: Settings) -> list[Epoch]:
     return epochs
 
 
-CONTENDERS: Final[dict[str, Callable[[Settings], list[Epoch]]]] = {
-    function.__name__: function for function in (ray_train, bare, tutorial)
-}
-
-
 def _num_steps(settings: Settings) -> int:
     """Steps per epoch. The number of images is a multiple of the batch size."""
     return reading.load_info(settings["data"]).num_images("train") // int(settings["batch_size"])
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run one contender."""
-    settings = json.loads(argv[0])
-    if settings["contender"] == "ray_train":  # Ray's processes end with it; the others may be busy outside Python
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    Path(argv[1]).write_text(json.dumps(CONTENDERS[settings["contender"]](settings)))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    processes.main(ray_train, bare, tutorial)

@@ -17,7 +17,7 @@ from typing import Final, Literal
 import numpy as np
 
 from catdog import storage
-from catdog.bench import shell, tree
+from catdog.bench import processes, tree
 from catdog.bench.growing import Growing
 from catdog.bench.opened import Opened
 from catdog.bench.polling import Reader
@@ -72,8 +72,8 @@ class Run:
         self._started = time.monotonic()
         with log.open("wb") as written:
             self.process = subprocess.Popen(
-                [*shell.CATDOG, *arguments],
-                env=shell.environment(),
+                processes.catdog(*arguments),
+                env=processes.environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=written,
@@ -108,7 +108,7 @@ class Run:
             return "refused"
         if code == 1 and error.startswith(_TOO_MANY_DEATHS):
             return "gave up"
-        return f"exit code {code}: {' '.join(error.split())[-400:]}"
+        return f"exit code {code}: {processes.tail(error)}"
 
 
 class Disturber:

@@ -1,22 +1,18 @@
-"""How fast a core can label: `python -m catdog.bench.limit SETTINGS RESULT`, in a process of its own.
+"""How fast a core can label: a role, which returns the seconds per image of each part of the work.
 
-`SETTINGS` is JSON: `images` and `model`, URLs. `RESULT` is the file that gets the seconds per image of each part of the
-work. Each part is done alone, on one thread, for the same images, which lie all over the collection.
+Each part is done alone, on one thread, for the same images, which lie all over the collection.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from catdog import bundle, images, storage
+from catdog.bench import processes
 from catdog.engines import Engine, load_engine
 from catdog.errors import ImageError, UsageError
 
@@ -30,15 +26,15 @@ PARTS: Final = ("read", "decode", "forward")
 """Reading bytes; decoding them, and resizing the picture to the model's size; computing the model."""
 
 
-def seconds_per_image(images_url: str, model_url: str | None) -> dict[str, float]:
-    """The seconds per image of each of `PARTS` on one core.
+def limit(settings: processes.Settings) -> dict[str, float]:
+    """The seconds per image of each of `PARTS` on one core. The settings are `images` and `model`, URLs.
 
     Raises:
         UsageError: no image can be decoded.
     """
-    files = list(storage.list_images(images_url))
+    files = list(storage.list_images(settings["images"]))
     files = files[:: -(-len(files) // NUM_IMAGES)]
-    model = bundle.load(model_url)
+    model = bundle.load(settings["model"])
     engine = load_engine(model, num_parallel=1)
     started = time.perf_counter()
     contents = []
@@ -57,7 +53,7 @@ def seconds_per_image(images_url: str, model_url: str | None) -> dict[str, float
             continue
     decode_s = time.perf_counter() - started
     if not pixels:
-        raise UsageError(f"--images must hold an image that can be decoded. Received: --images={images_url}")
+        raise UsageError(f"--images must hold an image that can be decoded. Received: --images={settings['images']}")
     images_BHWC = np.stack(pixels)
     forward_s = min(_forward_s(engine, images_BHWC, batch_size) for batch_size in BATCH_SIZES)
     return {name: seconds / len(files) for name, seconds in zip(PARTS, (read_s, decode_s, forward_s), strict=True)}
@@ -70,11 +66,5 @@ def _forward_s(engine: Engine, images_BHWC: npt.NDArray[np.uint8], batch_size: i
     return time.perf_counter() - started
 
 
-def main(argv: Sequence[str]) -> None:
-    """Measure."""
-    settings = json.loads(argv[0])
-    Path(argv[1]).write_text(json.dumps(seconds_per_image(settings["images"], settings["model"])))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    processes.main(limit)

@@ -1,7 +1,9 @@
-"""What `catdog bench predict` compares with ours: `python -m catdog.bench.peers SETTINGS`, in processes of their own.
+"""What `catdog bench predict` compares with ours: roles, which return nothing.
 
-`SETTINGS` is JSON. All label the same folder of files with the model of the same bundle on the CPU, and write Parquet
-files with a row per image: `name`, the name of the file, and `prob_dog`.
+All label the same folder of files with the model of the same bundle on the CPU, and write Parquet
+files with a row per image: `name`, the name of the file, and `prob_dog`. Their settings are `pictures`, the folder;
+`output`, a folder that is there; `model`, the path of `model.keras`; `openvino`, the path of the XML file, or nothing;
+`image_size`; `batch_size`.
 
 - `keras`: Keras's `image_dataset_from_directory` and `model.predict`.
 - `daft`: Daft decodes and resizes, and hands batches to a class that has loaded the Keras model once, and computes it
@@ -17,9 +19,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
-import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -30,10 +30,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from catdog import hardware, openvino_ir
-
-Settings = dict[str, Any]
-"""`contender`; `pictures`, the folder; `output`, a folder that is there; `model`, the path of `model.keras`;
-`openvino`, the path of the XML file, or nothing; `image_size`; `batch_size`."""
+from catdog.bench import processes
+from catdog.bench.processes import Settings
 
 Batch = dict[str, npt.NDArray[Any]]
 
@@ -128,6 +126,8 @@ def openvino_probabilities(settings: Settings) -> Callable[[npt.NDArray[np.uint8
 def _daft(
     settings: Settings, load: Callable[[Settings], Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]]
 ) -> None:
+    for name in ("DO_NOT_TRACK", "SCARF_NO_ANALYTICS"):  # else it calls home
+        os.environ[name] = "true"
     daft = importlib.import_module("daft")  # it is no requirement of catdog, and may be missing
     size = settings["image_size"]
 
@@ -164,10 +164,6 @@ def daft_openvino(settings: Settings) -> None:
     _daft(settings, openvino_probabilities)
 
 
-PEERS: Final[Mapping[str, Callable[[Settings], None]]] = {
-    function.__name__: function for function in (keras, daft, daft_openvino, ray_docs)
-}
-
 NEEDS: Final[Mapping[str, Sequence[str]]] = {"daft": ("daft",), "daft_openvino": ("daft", "openvino")}
 """The packages of each peer that catdog does not bring along."""
 
@@ -186,13 +182,5 @@ def versions() -> dict[str, str]:
     return found
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run one peer."""
-    settings = json.loads(argv[0])
-    for name in ("DO_NOT_TRACK", "SCARF_NO_ANALYTICS"):  # Daft would call home
-        os.environ[name] = "true"
-    PEERS[settings["contender"]](settings)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    processes.main(keras, daft, daft_openvino, ray_docs)

@@ -6,12 +6,10 @@ listings takes as long as the network would. Everything is measured in processes
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import subprocess
-import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,11 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from catdog import scratch
-from catdog.bench import simulated_s3
-from catdog.bench.planning import Measured, Settings
+from catdog.bench import processes, simulated_s3
+from catdog.bench.planning import Measured
 from catdog.bench.record import Begun, BenchRecord
 from catdog.config import BenchPlanConfig
-from catdog.errors import CatdogError
 from catdog.schema import CLASS_NAMES, PREDICTIONS_SCHEMA
 
 MODEL_ID: Final = "0" * 64
@@ -98,12 +95,12 @@ def bench_plan(config: BenchPlanConfig) -> BenchPlanRecord:
         CatdogError: a process failed.
     """
     begun = Begun(BenchPlanRecord, config)
-    bench = _Bench(config)
-    num_listed = min(config.num_objects, _LISTED_OBJECTS)
-    one_list = bench.lists(num_listed, {"CATDOG_S3_LISTS": "1"})
-    many_lists = bench.lists(config.num_objects, {})
     objects = list(_sizes(config.num_objects))
-    measured = [bench.plans(num_objects) for num_objects in objects]
+    with scratch.directory("bench") as directory:
+        bench = _Bench(config, directory)
+        one_list = bench.lists(min(config.num_objects, _LISTED_OBJECTS), {"CATDOG_S3_LISTS": "1"})
+        many_lists = bench.lists(config.num_objects, {})
+        measured = [bench.plans(num_objects) for num_objects in objects]
     record = BenchPlanRecord(
         layout=config.layout,
         page_ms=config.page_ms,
@@ -128,45 +125,38 @@ def _sizes(most: int) -> Iterator[int]:
 
 
 class _Bench:
-    """Measures with these settings."""
+    """Measures with these settings, each time in a process of its own, and with a store of its own."""
 
-    def __init__(self, config: BenchPlanConfig) -> None:
-        self._config = config
+    def __init__(self, config: BenchPlanConfig, directory: str) -> None:
+        self._config, self._directory = config, directory
 
-    def lists(self, num_objects: int, environment: dict[str, str]) -> Measured:
+    def lists(self, num_objects: int, variables: dict[str, str]) -> Measured:
         """The listing of so many objects."""
-        with self._store(num_objects) as settings:
-            measured = _measured(settings | {"does": "lists", "environment": settings["environment"] | environment})
+        with self._store(num_objects) as store:
+            measured: Measured = processes.play("planning", {"role": "lists"}, self._directory, store | variables)
         logger.info("%d objects are listed in %.1f s", num_objects, measured["seconds"])
         return measured
 
     def plans(self, num_objects: int) -> list[Measured]:
         """Planning of so many objects: when all are new, when 99 % are done, and when an index knows that."""
-        with self._store(num_objects) as settings, scratch.directory("bench") as directory:
-            found = [_measured(settings | {"output": str(Path(directory, "new"))})]
+        settings = {"role": "plans", "model_id": MODEL_ID, "run_id": RUN_ID}
+
+        def planned(output: Path) -> Measured:
+            measured: Measured = processes.play("planning", settings | {"output": str(output)}, self._directory, store)
+            return measured
+
+        with self._store(num_objects) as store, tempfile.TemporaryDirectory(dir=self._directory) as directory:
+            found = [planned(Path(directory, "new"))]
             done = Path(directory, "done")
             write_done(done, num_objects, self._config.layout)
-            found += [_measured(settings | {"output": str(done)}) for _ in range(2)]
+            found += [planned(done), planned(done)]
         seconds = tuple(each["seconds"] for each in found)
         logger.info("%d objects are planned in %.1f s; 99 %% done: %.1f s, %.1f s", num_objects, *seconds)
         return found
 
-    @contextlib.contextmanager
-    def _store(self, num_objects: int) -> Iterator[Settings]:
-        """A store of so many objects, and what a process must know to plan them."""
-        with simulated_s3.serving(num_objects, self._config.layout, self._config.page_ms / 1000) as environment:
-            yield {"does": "plans", "environment": environment, "model_id": MODEL_ID, "run_id": RUN_ID}
-
-
-def _measured(settings: Settings) -> Measured:
-    """What a process measures that does this."""
-    command = [sys.executable, "-m", "catdog.bench.planning", json.dumps(settings)]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    if process.returncode:
-        last = process.stderr.strip().rpartition("\n")[2]
-        raise CatdogError(f"planning must succeed. Received: exit code {process.returncode}: {last}")
-    measured: Measured = json.loads(process.stdout)
-    return measured
+    def _store(self, num_objects: int) -> AbstractContextManager[dict[str, str]]:
+        """A store of so many objects. Gives the variables by which a process finds it."""
+        return simulated_s3.serving(num_objects, self._config.layout, self._config.page_ms / 1000)
 
 
 def write_done(directory: Path, num_objects: int, layout: str) -> None:

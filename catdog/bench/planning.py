@@ -1,34 +1,33 @@
-"""What `catdog bench plan` measures: `python -m catdog.bench.planning SETTINGS`, in a process of its own.
+"""What `catdog bench plan` measures: roles, which list a simulated S3 and plan what to label.
 
-`SETTINGS` is JSON. The process lists a simulated S3 and plans what to label, as `predict` does before and while it
-labels, and labels nothing. It prints a line of JSON.
+They do what `predict` does before and while it labels, and label nothing.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import resource
-import sys
 import time
-from typing import Any
+from typing import Final
 
 from catdog import storage
-from catdog.bench import simulated_s3
+from catdog.bench import processes, simulated_s3
+from catdog.bench.processes import Settings
 
-Settings = dict[str, Any]
 Measured = dict[str, float]
 """`seconds`, `first_s` (until the first image or slice), `peak_bytes`, and the counts of the plan, if there is one."""
 
+_SOURCE: Final = f"s3://{simulated_s3.BUCKET}/{simulated_s3.PREFIX}"
 
-def lists(settings: Settings) -> Measured:
+
+def lists(_: Settings) -> Measured:
     """List the store."""
     started = time.monotonic()
-    files = storage.list_images(_source(settings))
+    files = storage.list_images(_SOURCE)
     next(files)
     first_s = time.monotonic() - started
     num_listed = 1 + sum(1 for _ in files)
-    return {"seconds": time.monotonic() - started, "first_s": first_s, "listed": num_listed}
+    seconds = time.monotonic() - started
+    return {"seconds": seconds, "first_s": first_s, "listed": num_listed, "peak_bytes": _peak_bytes()}
 
 
 def plans(settings: Settings) -> Measured:
@@ -37,7 +36,7 @@ def plans(settings: Settings) -> Measured:
 
     started = time.monotonic()
     first_s = 0.0
-    with open_plan([_source(settings)], settings["output"], settings["model_id"], run_id=settings["run_id"]) as plan:
+    with open_plan([_SOURCE], settings["output"], settings["model_id"], run_id=settings["run_id"]) as plan:
         for _ in plan.slices():
             first_s = first_s or time.monotonic() - started
         seconds = time.monotonic() - started
@@ -51,20 +50,12 @@ def plans(settings: Settings) -> Measured:
             "num_parts": plan.num_slices,
         }
         plan.close()
-    return measured
+    return measured | {"peak_bytes": _peak_bytes()}
 
 
-def _source(settings: Settings) -> str:
-    os.environ.update(settings["environment"])
-    return f"s3://{simulated_s3.BUCKET}/{simulated_s3.PREFIX}"
-
-
-def _main() -> None:
-    settings: Settings = json.loads(sys.argv[1])
-    measured = {"lists": lists, "plans": plans}[settings["does"]](settings)
-    measured["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    sys.stdout.write(json.dumps(measured) + "\n")
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":
-    _main()
+    processes.main(lists, plans)

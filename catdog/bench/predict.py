@@ -7,13 +7,10 @@ alike. Nothing is written to the output before all is measured and checked.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,7 +18,7 @@ from typing import Final
 import pyarrow as pa
 
 from catdog import bundle, hardware, provenance, scratch, storage
-from catdog.bench import limit, peers, predict_record, shell, tree
+from catdog.bench import folders, limit, peers, predict_record, processes, tree
 from catdog.bench.predict_record import OURS, BenchPredictRecord, Measurement
 from catdog.bench.record import Begun
 from catdog.bench.spread import Spread, spread
@@ -51,7 +48,7 @@ class _Contender:
     command: Callable[[str], list[str]]
     """Directory to write to → command line."""
 
-    rows: Callable[[str], shell.Rows]
+    rows: Callable[[str], folders.Rows]
     """Directory that it wrote to → rows."""
 
 
@@ -106,7 +103,7 @@ class _Bench:
         self._config, self._model, self._images, self._files = config, model, images, files
         self._directory = directory
         self._rounds: list[dict[str, Measurement]] = []
-        self._ours: shell.Rows | None = None
+        self._ours: folders.Rows | None = None
         self.parts: list[dict[str, float]] = []
         self.fifth_seconds: list[dict[str, float]] = []
         self.agreement: dict[str, float] = {}
@@ -114,35 +111,33 @@ class _Bench:
         self.refused: dict[str, str] = {}
         self.engines: dict[str, int] = {}
         pictures = str(Path(directory, "pictures"))
-        self._uris = shell.write_pictures(files, pictures)
+        self._uris = folders.write_pictures(files, pictures)
         self._num_fifth = len(files) // 5
         fifth = storage.join(directory, "fifth.parquet")
         storage.publish_parquet(fifth, pa.table({"uri": [file.uri for file in files[: self._num_fifth]]}))
         self._fifths = {executor: self._predict(fifth, executor) for executor in OURS}
         self._contenders = {executor: self._predict(images, executor) for executor in OURS}
         for name, settings in _peers(model, pictures).items():
-            if absent := peers.missing(settings["contender"]):
+            if absent := peers.missing(settings["role"]):
                 self.skipped[name] = f"{' and '.join(absent)} not installed"
-            elif settings["contender"] == "daft_openvino" and settings["openvino"] is None:
+            elif settings["role"] == "daft_openvino" and settings["openvino"] is None:
                 self.skipped[name] = f"the model has no {OPENVINO_NAMES[0]}"
             else:
                 self._contenders[name] = self._peer(settings)
 
     def _predict(self, images: str, executor: str) -> _Contender:
-        model = [] if self._config.model is None else ["--model", self._config.model]
-
         def command(output: str) -> list[str]:
             flags = ["--images", images, "--output", output, "--executor", executor, "--max-failed-fraction", "1"]
-            return [*shell.CATDOG, "predict", *flags, *model]
+            return processes.catdog("predict", *flags, model=self._config.model)
 
-        return _Contender(command=command, rows=shell.rows_of_ours)
+        return _Contender(command=command, rows=folders.rows_of_ours)
 
-    def _peer(self, settings: peers.Settings) -> _Contender:
+    def _peer(self, settings: processes.Settings) -> _Contender:
         def command(output: str) -> list[str]:
             os.mkdir(output)
-            return [sys.executable, "-m", "catdog.bench.peers", json.dumps(settings | {"output": output})]
+            return processes.role("peers", settings | {"output": output})
 
-        return _Contender(command=command, rows=shell.rows_of_peer)
+        return _Contender(command=command, rows=folders.rows_of_peer)
 
     def run_round(self, number: int) -> None:
         """Run every contender once, and the measurement of the limit."""
@@ -167,17 +162,8 @@ class _Bench:
         )
 
     def _measure_limit(self) -> None:
-        with self._place() as place:
-            result = Path(place, "result.json")
-            settings = json.dumps({"images": self._images, "model": self._config.model})
-            usage = tree.measure(
-                [sys.executable, "-m", "catdog.bench.limit", settings, str(result)],
-                Path(place, "log"),
-                environment=shell.environment(),
-            )
-            if usage.exit_code:
-                raise CatdogError(f"the limit must be measured. Received: {usage.log_tail}")
-            self.parts.append(json.loads(result.read_text()))
+        settings = {"role": "limit", "images": self._images, "model": self._config.model}
+        self.parts.append(processes.play("limit", settings, self._directory))
 
     def _measure_fifth(self, name: str, measured: dict[str, float]) -> None:
         usage, rows = self._run(name, self._fifths[name])
@@ -209,14 +195,13 @@ class _Bench:
             num_rows=len(rows),
         )
 
-    def _run(self, name: str, contender: _Contender) -> tuple[tree.Usage, shell.Rows]:
+    def _run(self, name: str, contender: _Contender) -> tuple[tree.Usage, folders.Rows]:
         slowest = max((each["inline"].seconds for each in self._rounds), default=0.0)
-        with self._place() as place:
+        with tempfile.TemporaryDirectory(dir=self._directory) as place:
             output = storage.join(place, "output")
             usage = tree.measure(
                 contender.command(output),
                 Path(place, "log"),
-                environment=shell.environment(),
                 timeout_s=max(TIMEOUT_S, TIMEOUT_FACTOR * slowest),
             )
             if usage.exit_code:
@@ -225,15 +210,10 @@ class _Bench:
                 )
             rows = contender.rows(output)
             if name in OURS and not self.engines:
-                self.engines = shell.run_record(output)["engines"]
+                self.engines = folders.run_record(output)["engines"]
         return usage, rows
 
-    @contextlib.contextmanager
-    def _place(self) -> Iterator[str]:
-        with tempfile.TemporaryDirectory(dir=self._directory) as place:
-            yield place
-
-    def _check_ours(self, name: str, rows: shell.Rows, num_images: int) -> None:
+    def _check_ours(self, name: str, rows: folders.Rows, num_images: int) -> None:
         """Raise `BooksError` unless ours has said the same as ever, of all images."""
         known = self._ours or rows
         if len(rows) != num_images or any(known.get(uri, row) != row for uri, row in rows.items()):
@@ -263,19 +243,19 @@ class _Bench:
         return speeds, shares
 
 
-def _peers(model: Bundle, pictures: str) -> dict[str, peers.Settings]:
+def _peers(model: Bundle, pictures: str) -> dict[str, processes.Settings]:
     """The settings of each peer, by its name."""
     converted = next((str(model.paths[name]) for name in OPENVINO_NAMES if name in model.paths), None)
-    settings: peers.Settings = {
+    settings: processes.Settings = {
         "pictures": pictures,
         "model": str(model.paths[bundle.MODEL_NAME]),
         "openvino": converted,
         "image_size": model.image_size,
     }
     return {
-        "keras-32": settings | {"contender": "keras", "batch_size": 32},
-        "keras-64": settings | {"contender": "keras", "batch_size": 64},
-        "daft": settings | {"contender": "daft", "batch_size": 64},
-        "daft-openvino": settings | {"contender": "daft_openvino", "batch_size": 64},
-        "ray-docs": settings | {"contender": "ray_docs", "batch_size": 64},
+        "keras-32": settings | {"role": "keras", "batch_size": 32},
+        "keras-64": settings | {"role": "keras", "batch_size": 64},
+        "daft": settings | {"role": "daft", "batch_size": 64},
+        "daft-openvino": settings | {"role": "daft_openvino", "batch_size": 64},
+        "ray-docs": settings | {"role": "ray_docs", "batch_size": 64},
     }

@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import statistics
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -21,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from catdog import bundle, provenance, scratch, storage
-from catdog.bench import processes, serve_record, shell
+from catdog.bench import folders, processes, serve_record
 from catdog.bench.record import Begun
 from catdog.bench.serve_record import CONTENDERS, NUM_CLIENTS, OURS, PEER, BenchServeRecord, Load
 from catdog.bench.spread import spread
@@ -57,7 +55,7 @@ def bench_serve(config: BenchServeConfig) -> BenchServeRecord:
         files = _usable(list(storage.list_images(images, exclude=begun.output)), model.image_size)
         if not files:
             raise UsageError(f"--images must hold an image that can be labelled. Received: --images={config.images}")
-        shell.write_pictures(files, pictures)
+        folders.write_pictures(files, pictures)
         bench = _Bench(config, model, pictures, directory)
         for number in range(config.rounds):
             bench.run_round(number)
@@ -134,45 +132,22 @@ class _Bench:
 
     def _play(self, settings: dict[str, Any]) -> Any:
         """Run a role of `serve_contenders` to its end, and return what it found."""
-        result = Path(self._directory, "result.json")
-        ran = subprocess.run(
-            [*_ROLE, json.dumps({"pictures": self._pictures, **settings}), str(result)],
-            env=shell.environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if ran.returncode:
-            raise CatdogError(f"{settings['role']} must finish. Received: {provenance.one_line(ran.stderr[-600:])}")
-        return json.loads(result.read_text())
+        return processes.play("serve_contenders", {"pictures": self._pictures, **settings}, self._directory)
 
     @contextlib.contextmanager
     def _server(self, name: str) -> Iterator[int]:
         """A server that runs, for the length of a `with` block. Its port."""
         (port,) = processes.free_ports(1)
         if name == OURS:
-            model = [] if self._config.model is None else ["--model", self._config.model]
-            command = [*shell.CATDOG, "serve", "--executor", "inline", "--port", str(port), *model]
+            flags = ["--executor", "inline", "--port", str(port)]
+            command = processes.catdog("serve", *flags, model=self._config.model)
         else:
-            settings = {
-                "role": name,
-                "port": port,
-                "model": str(self._model.paths[bundle.MODEL_NAME]),
-                "image_size": self._model.image_size,
-            }
-            command = [*_ROLE, json.dumps(settings), os.devnull]
+            model = {"model": str(self._model.paths[bundle.MODEL_NAME]), "image_size": self._model.image_size}
+            command = processes.role("serve_contenders", {"role": name, "port": port, **model})
         log = Path(self._directory, f"{name}.log")
-        environment = {key: value for key, value in shell.environment().items() if key != "CATDOG_TOKEN"}
-        with log.open("wb") as written:
-            server = subprocess.Popen(command, env=environment, stdout=written, stderr=written, start_new_session=True)
-        try:
+        with processes.running(command, log) as server:
             _wait_until_ready(server, f"http://127.0.0.1:{port}{READY[name]}", log)
             yield port
-        finally:
-            processes.stop(server)
-
-
-_ROLE: Final = (sys.executable, "-m", "catdog.bench.serve_contenders")
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
@@ -181,7 +156,7 @@ def _wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> N
         with contextlib.suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(url, timeout=10):
             return
         if server.poll() is not None or time.monotonic() > deadline:
-            raise CatdogError(f"a server must start. Received: {provenance.one_line(log.read_text()[-600:])}")
+            raise CatdogError(f"a server must start. Received: {processes.tail(log.read_text(errors='replace'))}")
         time.sleep(0.1)
 
 

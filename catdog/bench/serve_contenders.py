@@ -1,6 +1,4 @@
-"""The processes of `catdog bench serve` that are not ours: `python -m catdog.bench.serve_contenders SETTINGS RESULT`.
-
-`SETTINGS` is JSON, of which `role` is one of these:
+"""The roles of `catdog bench serve`.
 
 - `keras`: a server as people write it: FastAPI, a file of a form, Keras's own functions, `model.predict`. It runs until
   it is stopped.
@@ -16,18 +14,17 @@ import io
 import itertools
 import json
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from catdog import bundle, images
+from catdog.bench import processes
+from catdog.bench.processes import Settings
 from catdog.engines import load_engine
-
-Settings = dict[str, Any]
 
 BOUNDARY: Final = "7d1f3a0c5e"
 LONGEST_S: Final = 600.0
@@ -137,16 +134,5 @@ def _label(answer: bytes) -> str:
     return label
 
 
-ROLES: Final[dict[str, Callable[[Settings], Any]]] = {
-    function.__name__: function for function in (keras, alone, clients)
-}
-
-
-def main(argv: Sequence[str]) -> None:
-    """Play one role."""
-    settings = json.loads(argv[0])
-    Path(argv[1]).write_text(json.dumps(ROLES[settings["role"]](settings)))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    processes.main(keras, alone, clients)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from catdog import scratch, storage
-from catdog.bench import shell, tree
+from catdog.bench import folders, processes, tree
 from catdog.bench.record import Begun, BenchRecord
 from catdog.bench.spread import Spread, spread
 from catdog.config import BenchStartupConfig
@@ -175,18 +175,16 @@ class _Bench:
     def _predict(self, executor: str, *, log: Path | None = None) -> tuple[tree.Usage, dict[str, Any]]:
         self._num_runs += 1
         output = str(Path(self._directory, f"output-{self._num_runs}"))
-        model = [] if self._config.model is None else ["--model", self._config.model]
         flags = ["--images", self._photograph, "--output", output, "--executor", executor]
         # TensorFlow is imported in silence, unless the command is verbose.
         verbose = [] if log is None else ["--verbose"]
-        usage = self._run([*shell.CATDOG, "predict", *flags, *model, *verbose], log)
-        return usage, shell.run_record(output)
+        usage = self._run(processes.catdog("predict", *flags, *verbose, model=self._config.model), log)
+        return usage, folders.run_record(output)
 
     def _run(self, command: Sequence[str], log: Path | None = None) -> tree.Usage:
         # Python inherits what the variable says, which an option would not be if the command ran in a child.
         profile = {} if log is None else {"PYTHONPROFILEIMPORTTIME": "1"}
-        environment = shell.environment() | profile
-        usage = tree.measure(command, log or Path(self._directory, "log"), environment=environment)
+        usage = tree.measure(command, log or Path(self._directory, "log"), variables=profile)
         if usage.exit_code:
             raise CatdogError(f"a process must succeed. Received: exit code {usage.exit_code}: {usage.log_tail}")
         return usage

@@ -195,20 +195,18 @@ def _trials(
         "epochs": NUM_EPOCHS,
     }
     addresses = [f"127.0.0.1:{port}" for port in processes.free_ports(num_workers)]
-    tutorial = everything | {"contender": "tutorial", "epochs": NUM_TUTORIAL_EPOCHS}
+    tutorial = everything | {"role": "tutorial", "epochs": NUM_TUTORIAL_EPOCHS}
     one_worker = {"num_workers": 1, "batch_size": config.batch_size, "data": small_data}
     return {
         "tutorial_xla": [tutorial | {"jit_compile": True}],
         "tutorial": [tutorial | {"jit_compile": False}],
-        "ray_train": [everything | {"contender": "ray_train", "in_memory": True}],
-        "bare": [
-            everything | {"contender": "bare", "rank": rank, "addresses": addresses} for rank in range(num_workers)
-        ],
+        "ray_train": [everything | {"role": "ray_train", "in_memory": True}],
+        "bare": [everything | {"role": "bare", "rank": rank, "addresses": addresses} for rank in range(num_workers)],
         "side_by_side": [
-            everything | {"contender": "bare", "rank": 0, "addresses": [address]} | one_worker for address in addresses
+            everything | {"role": "bare", "rank": 0, "addresses": [address]} | one_worker for address in addresses
         ],
-        "one_worker": [everything | {"contender": "ray_train", "in_memory": True} | one_worker],
-        "streamed": [everything | {"contender": "ray_train", "in_memory": False}],
+        "one_worker": [everything | {"role": "ray_train", "in_memory": True} | one_worker],
+        "streamed": [everything | {"role": "ray_train", "in_memory": False}],
     }
 
 

@@ -58,36 +58,33 @@ class _Stat:
 
 
 def measure(
-    command: Sequence[str], log: Path, *, environment: Mapping[str, str] | None = None, timeout_s: float = math.inf
+    command: Sequence[str], log: Path, *, variables: Mapping[str, str] | None = None, timeout_s: float = math.inf
 ) -> Usage:
     """Run a command to its end. If this is interrupted, or the command leaves processes behind, they are stopped.
 
     Args:
         command: the command line.
         log: local file for what it writes.
-        environment: its environment; None for this process's own.
+        variables: of its environment, beside those of `processes.environment`.
         timeout_s: after so many seconds the command is killed.
     """
-    with open(log, "wb") as written:
-        started_at, started = time.time(), time.perf_counter()
-        process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=written, stderr=written, start_new_session=True
-        )
-        tree = _Tree(process.pid)
-        try:
-            exit_code, own_cpu_s, wall_s = _watch(process, tree, started, timeout_s)
-        except BaseException:
-            processes.stop(process)
-            raise
-        finally:
-            tree.stop_the_rest()
+    started_at, started = time.time(), time.perf_counter()
+    process = processes.start(command, log, variables)
+    tree = _Tree(process.pid)
+    try:
+        exit_code, own_cpu_s, wall_s = _watch(process, tree, started, timeout_s)
+    except BaseException:
+        processes.stop(process)
+        raise
+    finally:
+        tree.stop_the_rest()
     return Usage(
         exit_code=exit_code,
         wall_s=wall_s,
         started_at=started_at,
         cpu_s=max(own_cpu_s, tree.cpu_s),
         peak_memory_bytes=tree.peak_memory_bytes,
-        log_tail=" ".join(log.read_text(errors="replace").split())[-600:],
+        log_tail=processes.tail(log.read_text(errors="replace")),
     )
 
 

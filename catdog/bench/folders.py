@@ -1,29 +1,19 @@
-"""The shell of the measured commands: how they are started, what they are given, and what they leave behind."""
+"""The folders of measured commands: the pictures that they are given, and what they leave behind."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from catdog import storage
-from catdog.bench import processes
 from catdog.errors import ImageError
 from catdog.storage import SourceFile
 from catdog.storage.urls import split_member
 
-CATDOG: Final = (sys.executable, "-m", "catdog")
-"""What the script `catdog` runs."""
-
 Rows = Mapping[str, tuple[Any, ...]]
 """Of an image by its name or URI: its label, and for ours all that must not depend on the executor."""
-
-
-def environment() -> dict[str, str]:
-    """The environment of contenders, as `processes.environment`, in which their libraries say less."""
-    return {"TF_CPP_MIN_LOG_LEVEL": "2", "RAY_USAGE_STATS_ENABLED": "0", **processes.environment()}
 
 
 def write_pictures(files: Sequence[SourceFile], directory: str) -> dict[str, str]:
