@@ -18,6 +18,8 @@ from storage_case import VISIBLE, fill, image_error, make_zip, names, write_mani
 
 from catdog import storage
 from catdog.errors import StorageError, UsageError
+from catdog.storage import listing
+from catdog.storage import s3 as storage_s3
 
 pytest_plugins = ["s3_server", "storage_case"]
 
@@ -112,6 +114,28 @@ def test_names_directly_under_a_directory(root: str) -> None:
     assert storage.exists(root)
     assert storage.exists(f"{root}/b/c/dog.1.jpg")
     assert not storage.exists(f"{root}/b/c/dog")
+
+
+def test_all_names_of_a_large_directory(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of ten: of S3, several requests at once, of which some have no object, but folders alone."""
+    monkeypatch.setattr(storage_s3, "_PAGE_OBJECTS", 10)
+    folders = [f"_f{number:02}" for number in range(25)] + ["part-7 & é%2F", "zz"]
+    files = {name: name.encode() for name in (".claim-1.json", ".claim-2.json", *(f"part-{n:03}" for n in range(99)))}
+    fill(root, files | {f"{folder}/below": b"" for folder in folders})
+    assert listing.list_all_names(root) == sorted([*files, *folders])
+    assert listing.list_all_names(root, ".claim-") == [".claim-1.json", ".claim-2.json"]
+    assert listing.list_all_names(root, "_f1") == folders[10:20]
+    found = storage.list_files(root)
+    assert found.keys() == {*files, *folders} - {".claim-1.json", ".claim-2.json"}
+    assert {name for name, file in found.items() if not file.version} >= {*folders}
+    assert {name: file.num_bytes for name, file in found.items() if name in files} == {
+        name: 8 for name in found if name in files
+    }
+    assert all(file.uri == storage.join(storage.absolute(root), name) for name, file in found.items())
+    again = storage.list_files(root)
+    assert again == found
+    storage.publish_bytes(f"{root}/part-050", b"replaced")
+    assert {name for name, file in storage.list_files(root).items() if file != found[name]} == {"part-050"}
 
 
 def test_odd_local_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

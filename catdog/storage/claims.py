@@ -64,7 +64,8 @@ _mine: set[str] = set()
 """The owners of the claims that this process holds, or tries to get."""
 
 _MAX_TRIES: Final = 20
-_NAME: Final = re.compile(r"\.catdog-claim-(\d+)\.json")
+_PREFIX: Final = ".catdog-claim-"
+_NAME: Final = re.compile(re.escape(_PREFIX) + r"(\d+)\.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,12 +307,13 @@ def _create_local(path: str, data: bytes) -> bool:
 
 
 def _name(number: int) -> str:
-    return f".catdog-claim-{number}.json"
+    return f"{_PREFIX}{number}.json"
 
 
 def _numbers(output: str) -> list[int]:
     """The numbers of the claims that are there, ascending."""
-    return sorted(int(match[1]) for name in list_all_names(output) if (match := _NAME.fullmatch(name)))
+    names = list_all_names(output, _PREFIX)
+    return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
 
 
 def _encoded(holder: Holder) -> bytes:

@@ -260,13 +260,15 @@ class _Listing:
         num_keys = len(page.keys)
         if each.is_done and each.high is not None:
             end = bisect.bisect_right(page.keys, each.high)
-            page = Page(page.keys[:end], page.versions[:end], page.sizes[:end], page.last, None)
+            folders = page.folders[: bisect.bisect_right(page.folders, each.high)]
+            page = Page(page.keys[:end], page.versions[:end], page.sizes[:end], folders, page.last, None)
         each.num_pages += len(page.keys) / num_keys if num_keys else 0.0
         each.reached, each.token = max(each.reached, page.last), page.next_token
         if page.keys:
             each.own.extend(page.keys[-1:] if each.own else (page.keys[0], page.keys[-1]))
             if len(each.own) > _TELLING:
                 each.measured, each.num_cuts = each.own, 0
+        if page.keys or page.folders:
             each.pages.append(page)
             self._num_waiting += 1
         if page.next_token is not None and len(page.keys) == num_keys > 1:

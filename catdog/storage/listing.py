@@ -8,7 +8,7 @@ import logging
 import os
 import posixpath
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from catdog.errors import StorageError, UsageError
 from catdog.provenance import redact
@@ -211,21 +211,20 @@ def list_names(url: str, suffix: str = "") -> list[str]:
     return [name for name in list_all_names(url) if name.endswith(suffix) and not name.startswith(".")]
 
 
-def list_all_names(url: str) -> list[str]:
-    """Sorted names directly under a directory; none if there is no such directory."""
+def list_all_names(url: str, prefix: str = "") -> list[str]:
+    """Sorted names directly under a directory that start with `prefix`; none if there is no such directory.
+
+    Of a large directory in S3, only these names are asked for.
+    """
     url = absolute(url)
-
-    def names() -> list[str]:
-        if is_local(url):
-            return os.listdir(local_path(url))
-        fs, path = filesystem(url, fresh=True)
-        listed = (name.rstrip("/") for name in fs.ls(path, detail=False))
-        return [name.rpartition("/")[2] for name in listed if name != path.rstrip("/")]
-
     try:
-        return sorted(require(url, names))
+        if is_local(url):
+            names: Iterable[str] = require(url, lambda: os.listdir(local_path(url)))
+        else:
+            names = _list_remote(url, prefix)
     except (FileNotFoundError, NotADirectoryError):
         return []
+    return sorted(name for name in names if name.startswith(prefix))
 
 
 def list_files(url: str) -> dict[str, SourceFile]:
@@ -236,23 +235,29 @@ def list_files(url: str) -> dict[str, SourceFile]:
     """
     url = absolute(url)
 
-    def files() -> dict[str, SourceFile]:
-        if is_local(url):
-            with os.scandir(local_path(url)) as entries:
-                return {entry.name: _local_file(entry) for entry in entries if not entry.name.startswith(".")}
-        fs, path = filesystem(url, fresh=True)
-        found = {}
-        for entry in fs.ls(path, detail=True):
-            name = entry["name"].rstrip("/").rpartition("/")[2]
-            if entry["name"].rstrip("/") != path.rstrip("/") and not name.startswith("."):
-                version = "" if entry["type"] == "directory" else version_of(entry)
-                found[name] = SourceFile(join(url, name), version, entry.get("size") or 0)
-        return found
+    def local_files() -> dict[str, SourceFile]:
+        with os.scandir(local_path(url)) as entries:
+            return {entry.name: _local_file(entry) for entry in entries if not entry.name.startswith(".")}
 
     try:
-        return require(url, files)
+        if is_local(url):
+            return require(url, local_files)
+        return {name: file for name, file in _list_remote(url).items() if not name.startswith(".")}
     except (FileNotFoundError, NotADirectoryError):
         return {}
+
+
+def _list_remote(url: str, prefix: str = "") -> dict[str, SourceFile]:
+    fs, path = filesystem(url, fresh=True)
+    if s3.is_s3(fs):
+        return walking.list_s3(fs, url, prefix)
+    found = {}
+    for entry in require(url, lambda: fs.ls(path, detail=True)):
+        name = entry["name"].rstrip("/").rpartition("/")[2]
+        if entry["name"].rstrip("/") != path.rstrip("/"):
+            version = "" if entry["type"] == "directory" else version_of(entry)
+            found[name] = SourceFile(join(url, name), version, entry.get("size") or 0)
+    return found
 
 
 def _local_file(entry: os.DirEntry[str]) -> SourceFile:

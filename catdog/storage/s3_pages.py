@@ -43,6 +43,7 @@ class Page:
         keys: of the objects.
         versions: of the objects: their ETags; without one, as `version_of`.
         sizes: of the objects, in bytes.
+        folders: of a flat listing, what has objects below it, with its slash.
         last: the greatest name in the page: a key or, in a flat listing, a folder with its slash; "" if there is none.
         next_token: asks for the next page; None after the last page.
     """
@@ -50,6 +51,7 @@ class Page:
     keys: Sequence[str]
     versions: Sequence[str]
     sizes: Sequence[int]
+    folders: Sequence[str]
     last: str
     next_token: str | None
 
@@ -83,7 +85,9 @@ def _page_of(answer: dict[str, Any]) -> Page:
         versions = [version_of(item) for item in items]
         groups = [group["Prefix"] for group in answer.get("CommonPrefixes", ())]
     last = max([*keys[-1:], *groups[-1:]], default="")
-    return Page(keys, versions, sizes, last, answer["NextContinuationToken"] if answer.get("IsTruncated") else None)
+    return Page(
+        keys, versions, sizes, groups, last, answer["NextContinuationToken"] if answer.get("IsTruncated") else None
+    )
 
 
 def _take_objects(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:

@@ -134,20 +134,44 @@ def stat_local(path: str, skip: Skip) -> SourceFile | None:
     return SourceFile(uri, version_of_status(status), status.st_size)
 
 
+def list_s3(fs: Any, directory: str, prefix: str = "") -> dict[str, SourceFile]:
+    """What lies directly in a directory, and has a name that starts with `prefix`, by name. A folder has no version."""
+    found: dict[str, SourceFile] = {}
+    begin = len(directory) + 1 - len(_bucket_of(directory))
+    for page in _pages(fs, directory, f"{directory}/{prefix}", flat=True):
+        for key, version, num_bytes in zip(page.keys, page.versions, page.sizes, strict=True):
+            found[key[begin:]] = SourceFile(_bucket_of(directory) + key, version, num_bytes)
+        for key in page.folders:
+            name = key[begin:].rstrip("/")
+            found.setdefault(name, SourceFile(f"{directory}/{name}", "", 0))
+    found.pop("", None)  # an object with the name of the directory
+    return found
+
+
 def _walk_s3(fs: Any, directory: str, prefix: str, *, flat: bool) -> Iterator[SourceFile]:
     """Visible objects whose URL starts with `prefix`; with `flat`, only those directly in the directory."""
+    base = _bucket_of(directory)
+    begin = len(directory) + 1 - len(base)
+    for page in _pages(fs, directory, prefix, flat=flat):
+        for key, version, num_bytes in zip(page.keys, page.versions, page.sizes, strict=True):
+            if not key.endswith("/") and not is_hidden(key[begin:]):
+                yield SourceFile(base + key, version, num_bytes)
+
+
+def _pages(fs: Any, directory: str, prefix: str, *, flat: bool) -> Iterator[s3.Page]:
+    """All pages of the objects whose URL starts with `prefix`. `directory` is what an error names."""
 
     def fetch(after: str, token: str | None) -> s3.Page:
         return require(directory, functools.partial(s3.list_page, fs, prefix, token, flat=flat, after=after))
 
-    key_prefix = prefix.partition("://")[2].partition("/")[2]
-    base = prefix.removesuffix(key_prefix)
-    begin = len(directory) + 1 - len(base)
-    is_ordered = s3.lists_in_order(prefix)
-    for page in key_ranges.pages(key_prefix, fetch, key_ranges.num_lists(), is_ordered=is_ordered):
-        for key, version, num_bytes in zip(page.keys, page.versions, page.sizes, strict=True):
-            if not key.endswith("/") and not is_hidden(key[begin:]):
-                yield SourceFile(base + key, version, num_bytes)
+    key_prefix = prefix.removeprefix(_bucket_of(prefix))
+    return key_ranges.pages(key_prefix, fetch, key_ranges.num_lists(), is_ordered=s3.lists_in_order(prefix))
+
+
+def _bucket_of(url: str) -> str:
+    """`s3://bucket/photos` as `s3://bucket/`."""
+    scheme, _, path = url.partition("://")
+    return f"{scheme}://{path.partition('/')[0]}/"
 
 
 def _walk_any(
