@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from catdog import bundle, drawings, provenance
-from catdog.bench import chaos, contenders, processes, subset, train, watched
+from catdog.bench import chaos, processes, subset, train, train_contenders, train_record, watched
 from catdog.bench.killer import DURATIONS_S, Kill, Killer
 from catdog.config import BenchChaosConfig, BenchTrainConfig, PrepareConfig
 from catdog.dataset import load_info, prepare
@@ -44,7 +44,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(output)
 
 
-def epochs_of(settings: processes.Settings) -> list[processes.Epoch]:
+def epochs_of(settings: processes.Settings) -> list[train_record.Epoch]:
     """As if all were equally fast, but for a slow first epoch, and the streamed one waiting half the time."""
     num_images = 32.0 if settings["num_workers"] == 2 else 16.0
     input_s = 0.5 if settings["role"] == "ray_train" and not settings["in_memory"] else 0.0
@@ -58,14 +58,14 @@ def test_train_measures_every_contender_in_every_round(
 ) -> None:
     order = []
 
-    def run(settings: list[processes.Settings], scratch: str) -> list[list[processes.Epoch]]:
+    def run(settings: list[processes.Settings], scratch: str) -> list[list[train_record.Epoch]]:
         order.append(tuple(settings[0].get(name) for name in ("role", "num_workers", "in_memory", "jit_compile")))
         assert load_info(settings[0]["data"]).num_images("train") == 16 * settings[0]["num_workers"]
         assert len(list(Path(settings[0]["pictures"]).glob("*/*.jpg"))) == 32
         assert len({each["output"] for each in settings}) == 1
         return [epochs_of(each) for each in settings]
 
-    monkeypatch.setattr(processes, "run", run)
+    monkeypatch.setattr(train, "run_contenders", run)
     record = train.bench_train(BenchTrainConfig(data=dataset, output=str(tmp_path), num_rounds=2, **TINY))
     assert len(order) == 14
     assert order[7:] == order[6::-1]
@@ -94,10 +94,10 @@ def test_the_figures_are_the_ratios_that_they_say() -> None:
     speeds |= {"one_worker": 130, "streamed": 240}
     slower = {**speeds, "tutorial_xla": 125}
     rounds = [
-        {name: train.Measurement(images_per_s=speed, input_share=0.0, epochs=[]) for name, speed in each.items()}
+        {name: train_record.Measurement(images_per_s=speed, input_share=0.0, epochs=[]) for name, speed in each.items()}
         for each in (speeds, slower)
     ]
-    figures = train.figures(rounds, num_workers=2)
+    figures = train_record.figures(rounds, num_workers=2)
     tutorial = figures.pop("tutorial_speedup")  # taken at its best
     assert (tutorial.min, tutorial.median, tutorial.max) == (2.0, 2.25, 2.5)
     assert str(tutorial) == "225.0 % (200.0 to 250.0)"
@@ -147,7 +147,7 @@ def test_a_contender_that_fails_ends_the_others(tmp_path: Path) -> None:
     broken = {"role": "tutorial", "pictures": str(tmp_path / "none"), "image_size": 48, "batch_size": 8}
     waiting = {"role": "bare", "rank": 0, "addresses": ["127.0.0.1:1", "127.0.0.1:2"]}
     with pytest.raises(TrainingError, match=r"^a contender must finish\. Received: (tutorial|bare) with exit code 1: "):
-        processes.run([broken, waiting], str(tmp_path))
+        train.run_contenders([broken, waiting], str(tmp_path))
 
 
 class Training:
@@ -296,8 +296,8 @@ def test_ray_train_and_bare_processes_take_the_same_steps(
     addresses = [f"127.0.0.1:{port}" for port in processes.free_ports(2)]
     bare = [settings | {"role": "bare", "rank": rank, "addresses": addresses} for rank in range(2)]
     tutorial = settings | {"role": "tutorial", "jit_compile": False}
-    one, other, keras = processes.run([*bare, tutorial], str(tmp_path))
-    ray_train = contenders.ray_train(settings | {"in_memory": True})  # has been trained already
+    one, other, keras = train.run_contenders([*bare, tutorial], str(tmp_path))
+    ray_train = train_contenders.ray_train(settings | {"in_memory": True})  # has been trained already
 
     num_images = load_info(dataset).num_images("train") // 8 * 8
     for epochs in (one, other, keras, ray_train):

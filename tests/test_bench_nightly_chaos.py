@@ -40,7 +40,7 @@ def test_every_opening_of_a_file_is_counted(tmp_path: Path) -> None:
         files[0].read_bytes()
         assert opened.take_recent() == set(map(str, files))
         assert opened.take_recent() == set()
-        assert (opened.num_opened, opened.num_files, opened.has_overflowed) == (7, 6, False)
+        assert (opened.num_opened, opened.num_opened_again) == (7, 1)
 
 
 def test_a_night_needs_pictures(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from inference_case import encoded_drawings
 from catdog import hardware, storage
 from catdog.bench import folders, limit, peers, predict, predict_record, tree
 from catdog.bench.predict_record import Measurement
-from catdog.bench.spread import spread
+from catdog.bench.rounds import spread
 from catdog.config import BenchPredictConfig
 from catdog.errors import CatdogError, OutputRefusedError, UsageError
 

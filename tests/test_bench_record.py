@@ -2,12 +2,13 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
 
-from catdog import __version__, storage
+from catdog import __version__, bench, storage
 from catdog.bench.plan import BenchPlanRecord
 from catdog.bench.record import Begun, BenchRecord, refuse_cluster
 from catdog.cli.commands import COMMANDS
@@ -59,3 +60,9 @@ def test_processes_are_not_killed_where_there_is_a_cluster(monkeypatch: pytest.M
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     with pytest.raises(UsageError, match=r"^bench plan kills .* a Ray of its own\. Received: RAY_ADDRESS=10\.0\."):
         refuse_cluster(BenchPlanRecord)
+
+
+def test_every_module_is_told_of() -> None:
+    package = Path(bench.__file__).parent
+    said = set(re.findall(r"`(\w+)`", bench.__doc__ or ""))
+    assert said == {path.stem for path in package.glob("*.py")} - {"__init__"}

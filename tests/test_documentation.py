@@ -20,9 +20,9 @@ from catdog import bundle, cli, errors, images, metrics, quantization, schema, s
 from catdog.bench.chaos import BenchChaosRecord, Outcome
 from catdog.bench.nightly_chaos import BenchNightlyChaosRecord
 from catdog.bench.plan import BenchPlanRecord
+from catdog.bench.rounds import spread
 from catdog.bench.serve_record import CONTENDERS, NUM_CLIENTS, BenchServeRecord, Load
-from catdog.bench.spread import spread
-from catdog.bench.train import BenchTrainRecord, Figure
+from catdog.bench.train_record import BenchTrainRecord, Figure
 from catdog.config import flag
 from catdog.dataset.pipeline import PrepareRecord
 from catdog.demo import DemoRecord

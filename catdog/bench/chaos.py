@@ -24,7 +24,7 @@ from catdog.dataset import reading
 from catdog.errors import TrainingError
 from catdog.ray_session import connect
 from catdog.records import counted, percent, plural
-from catdog.training import TrainRecord, resolve, train
+from catdog.training import ResolvedTrainConfig, TrainRecord, resolve, train
 
 PARTS: Final = ("undisturbed", "disturbed")
 
@@ -101,17 +101,9 @@ def bench_chaos(config: BenchChaosConfig) -> BenchChaosRecord:
     outputs = {name: storage.join(begun.output, name) for name in PARTS}
     configs = {name: resolve(_train_config(config, outputs[name], epochs)) for name in PARTS}
     begun.claim(PARTS)
-    with (
-        connect(None, min_cpus=config.num_workers + hardware.num_cores()),
-        scratch.directory("bench") as directory,
-    ):
-        in_memory = False if config.streamed else None
-        calm = train(configs["undisturbed"], in_memory=in_memory)
-        path = os.path.join(directory, "board")
-        killer = Killer(watched.create(path, config.num_workers), config, num_steps)
-        with killer:
-            reporter = functools.partial(watched.Reporter, path)
-            chaos = train(configs["disturbed"], in_memory=in_memory, observers=[reporter])
+    with connect(None, min_cpus=config.num_workers + hardware.num_cores()):
+        calm = train(configs["undisturbed"], in_memory=_in_memory(config))
+        chaos, killer = _train_disturbed(config, configs["disturbed"], num_steps)
     record = BenchChaosRecord(
         num_kills=len(killer.kills),
         kills=killer.kills,
@@ -143,6 +135,22 @@ def _train_config(config: BenchChaosConfig, output: str, epochs: int) -> TrainCo
         checkpoint_steps=config.checkpoint_steps,
         seed=config.seed,
     )
+
+
+def _train_disturbed(
+    config: BenchChaosConfig, training: ResolvedTrainConfig, num_steps: int
+) -> tuple[TrainRecord, Killer]:
+    """Train while workers are killed."""
+    with scratch.directory("bench") as directory:
+        path = os.path.join(directory, "board")
+        killer = Killer(watched.create(path, config.num_workers), config, num_steps)
+        with killer:
+            reporter = functools.partial(watched.Reporter, path)
+            return train(training, in_memory=_in_memory(config), observers=[reporter]), killer
+
+
+def _in_memory(config: BenchChaosConfig) -> bool | None:
+    return False if config.streamed else None
 
 
 def _outcome(record: TrainRecord) -> Outcome:

@@ -9,7 +9,6 @@ and once more into another output; the rows of both must be the same.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
@@ -25,8 +24,6 @@ from catdog.errors import BooksError, CatdogError
 from catdog.inference import recount
 from catdog.records import counted, plural
 from catdog.storage.urls import is_local
-
-logger = logging.getLogger(__name__)
 
 PARTS: Final = ("images", "disturbed", "undisturbed")
 
@@ -131,6 +128,26 @@ def bench_nightly_chaos(config: BenchNightlyChaosConfig) -> BenchNightlyChaosRec
     refuse_cluster(BenchNightlyChaosRecord)
     begun = Begun(BenchNightlyChaosRecord, config)
     images, disturbed, undisturbed = begun.claim(PARTS)
+    found = _label(config, images, disturbed, undisturbed)
+    record = begun.publish(_record(begun, found, disturbed, undisturbed))
+    check(record, is_complete=found.is_complete, calm=found.calm)
+    return record
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Labelled:
+    """What has been labelled, and how."""
+
+    num_images: int
+    disturber: Disturber
+    reader: Reader
+    is_complete: bool
+    calm: str
+    num_opened_again: int | None
+
+
+def _label(config: BenchNightlyChaosConfig, images: str, disturbed: str, undisturbed: str) -> _Labelled:
+    """Label a collection while it grows and runs are killed, and then once more."""
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch.directory("bench"))
         opened = stack.enter_context(Opened()) if is_local(images) else None
@@ -157,26 +174,33 @@ def bench_nightly_chaos(config: BenchNightlyChaosConfig) -> BenchNightlyChaosRec
                 }
             )
             is_complete = disturber.complete(_MAX_LAST_RUNS)
-        num_opened_again = None if opened is None else opened.num_opened - opened.num_files
-        if opened is not None and opened.has_overflowed:
-            logger.warning(
-                "More files were opened at a time than Linux counts: the figures of what is done again lack some"
-            )
-        calm = disturber.run_undisturbed(undisturbed)
+        num_opened_again = None if opened is None else opened.num_opened_again
+        return _Labelled(
+            num_images=growing.num_pictures,
+            disturber=disturber,
+            reader=reader,
+            is_complete=is_complete,
+            calm=disturber.run_undisturbed(undisturbed),
+            num_opened_again=num_opened_again,
+        )
+
+
+def _record(begun: Begun, found: _Labelled, disturbed: str, undisturbed: str) -> BenchNightlyChaosRecord:
+    disturber, reader = found.disturber, found.reader
     missing, extra = _difference(disturbed, undisturbed)
     kinds = Counter(each.kind for each in disturber.done)
     kills = [each for each in disturber.done if each.kind in ("worker", "driver")]
     under_way = [each.num_under_way for each in kills if each.num_under_way is not None]
-    record = BenchNightlyChaosRecord(
-        num_images=growing.num_pictures,
+    return BenchNightlyChaosRecord(
+        num_images=found.num_images,
         num_runs=disturber.ends.total(),
         ends=dict(disturber.ends.most_common()),
         num_kills={kind: kinds[kind] for kind in ("worker", "driver")},
         kills_by_moment=dict(Counter(each.moment for each in kills)),
         num_overlaps=kinds["overlap"],
         compactions=dict(disturber.compactions.most_common()),
-        most_under_way=max(under_way, default=0) if opened is not None else None,
-        num_opened_again=num_opened_again,
+        most_under_way=None if found.num_opened_again is None else max(under_way, default=0),
+        num_opened_again=found.num_opened_again,
         num_polls=reader.num_polls,
         num_torn=len(reader.torn),
         num_twice=reader.num_twice,
@@ -187,9 +211,6 @@ def bench_nightly_chaos(config: BenchNightlyChaosConfig) -> BenchNightlyChaosRec
         disturbances=disturber.done,
         **begun.common(),
     )
-    begun.publish(record)
-    check(record, is_complete=is_complete, calm=calm)
-    return record
 
 
 def _arguments(config: BenchNightlyChaosConfig, stack: contextlib.ExitStack) -> list[str]:

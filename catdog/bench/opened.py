@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import select
 import struct
@@ -12,6 +13,8 @@ from collections import Counter
 from typing import Final
 
 from catdog.bench.background import Background
+
+logger = logging.getLogger(__name__)
 
 _IN_OPEN: Final = 0x00000020
 _IN_ISDIR: Final = 0x40000000
@@ -22,15 +25,13 @@ _POLL_MS: Final = 100
 
 
 class Opened(Background):
-    """Counts how often each file is opened, in a thread, for the length of a `with` block.
-
-    Attributes:
-        has_overflowed: whether Linux has dropped events, because more came than it holds.
-    """
+    """Counts how often each file is opened, in a thread, for the length of a `with` block."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.has_overflowed = False
+        self._has_overflowed = False
+        """Whether Linux has dropped events, because more came than it holds."""
+
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._descriptor = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         if self._descriptor < 0:
@@ -54,9 +55,13 @@ class Opened(Background):
         return self._counts.total()
 
     @property
-    def num_files(self) -> int:
-        """How many files were opened at least once."""
-        return len(self._counts)
+    def num_opened_again(self) -> int:
+        """How many times files were opened that had been opened before."""
+        if self._has_overflowed:
+            logger.warning(
+                "More files were opened at a time than Linux counts: the figures of what is done again lack some"
+            )
+        return self.num_opened - len(self._counts)
 
     def take_recent(self) -> set[str]:
         """The files that were opened since the last call."""
@@ -89,7 +94,7 @@ class Opened(Background):
             position += _HEADER.size
             name = events[position : position + length].rstrip(b"\0")
             position += length
-            self.has_overflowed |= bool(mask & _IN_Q_OVERFLOW)
+            self._has_overflowed |= bool(mask & _IN_Q_OVERFLOW)
             if name and not mask & _IN_ISDIR:
                 paths.append(os.path.join(self._directories[watched], os.fsdecode(name)))
         self._counts.update(paths)

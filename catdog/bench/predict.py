@@ -21,7 +21,7 @@ from catdog import bundle, hardware, provenance, scratch, storage
 from catdog.bench import folders, limit, peers, predict_record, processes, tree
 from catdog.bench.predict_record import OURS, BenchPredictRecord, Measurement
 from catdog.bench.record import Begun
-from catdog.bench.spread import Spread, spread
+from catdog.bench.rounds import Spread, in_turn, spread
 from catdog.bundle import Bundle
 from catdog.config import BenchPredictConfig
 from catdog.errors import BooksError, CatdogError, UsageError
@@ -150,7 +150,7 @@ class _Bench:
             for name in self._contenders
             if name not in self.refused
         ]
-        for step in steps[:: -1 if number % 2 else 1]:
+        for step in in_turn(steps, number):
             step()
         self._rounds.append({name: measured[name] for name in self._contenders if name in measured})
         self.fifth_seconds.append(fifths)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from catdog.bench.record import BenchRecord
-from catdog.bench.spread import Spread, spread
+from catdog.bench.rounds import Spread, spread
 from catdog.records import plural
 from catdog.report import style
 
@@ -92,7 +92,7 @@ class BenchPredictRecord(BenchRecord):
         for name in OURS:
             steady = "too few images"
             if name in self.steady_images_per_s:
-                share = _percents(self.steady_share_of_limit[name])
+                share = self.steady_share_of_limit[name].in_percent()
                 steady = f"{self.steady_images_per_s[name].median:9.1f} images/s, {share} of the limit"
             lines.append(f"  {f'steady {name}':15}{steady}")
         lines += [f"  {name:15}skipped: {reason}" for name, reason in self.skipped.items()]
@@ -109,10 +109,6 @@ class BenchPredictRecord(BenchRecord):
         ratios = "".join(f"{self.ratios[ours].get(name, '')!s:24}" for ours in OURS)
         agreement = f"{100 * self.agreement[name]:.2f} %" if name in self.agreement else ""
         return f"{speed:9.1f}{seconds:9.2f}{memory / 2**20:6,.0f} MiB{cpu_s:13.1f}   {ratios}{agreement}"
-
-
-def _percents(share: Spread) -> str:
-    return f"{100 * share.median:.1f} % ({100 * share.min:.1f} to {100 * share.max:.1f})"
 
 
 def ratios(rounds: Sequence[Mapping[str, Measurement]]) -> dict[str, dict[str, Spread]]:

@@ -13,19 +13,14 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from catdog.errors import CatdogError, TrainingError
+from catdog.errors import CatdogError
 
 Settings = dict[str, Any]
-Epoch = dict[str, float]
-"""What a contender says of one epoch: `num_images`; `seconds`; `input_s`, the seconds of waiting for images among
-them; `train_loss`."""
 
-POLL_S: Final = 0.2
 STOP_TIMEOUT_S: Final = 30
 """How long a process that is stopped is given to end."""
 
@@ -84,34 +79,6 @@ def play(module: str, settings: Settings, scratch: str, variables: Mapping[str, 
     if ran.returncode:
         raise CatdogError(f"{settings['role']} must finish. Received: exit code {ran.returncode}: {tail(ran.stderr)}")
     return json.loads(result.read_text())
-
-
-def run(settings: Sequence[Settings], scratch: str) -> list[list[Epoch]]:
-    """Train side by side until all have ended. Returns the epochs of each.
-
-    Args:
-        settings: of each contender.
-        scratch: a local directory.
-
-    Raises:
-        TrainingError: one failed; the others have been ended.
-    """
-    results = [Path(scratch, f"result-{index}.json") for index in range(len(settings))]
-    with contextlib.ExitStack() as stack:
-        started = []
-        for each, result in zip(settings, results, strict=True):
-            log = result.with_suffix(".log")
-            started.append((stack.enter_context(running(role("contenders", each, str(result)), log)), log))
-        # Where one fails, the others wait for it, and must be ended.
-        while any(process.poll() is None for process, _ in started):
-            time.sleep(POLL_S)
-            for (process, log), each in zip(started, settings, strict=True):
-                if process.poll():
-                    raise TrainingError(
-                        f"a contender must finish. Received: {each['role']} with exit code {process.returncode}: "
-                        f"{tail(log.read_text(errors='replace'))}"
-                    )
-    return [json.loads(result.read_text()) for result in results]
 
 
 @contextlib.contextmanager

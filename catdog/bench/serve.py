@@ -21,8 +21,8 @@ from typing import Any, Final
 from catdog import bundle, provenance, scratch, storage
 from catdog.bench import folders, processes, serve_record
 from catdog.bench.record import Begun
+from catdog.bench.rounds import in_turn, spread
 from catdog.bench.serve_record import CONTENDERS, NUM_CLIENTS, OURS, PEER, BenchServeRecord, Load
-from catdog.bench.spread import spread
 from catdog.bundle import Bundle
 from catdog.config import BenchServeConfig
 from catdog.errors import CatdogError, ImageError, UsageError
@@ -104,7 +104,7 @@ class _Bench:
     def run_round(self, number: int) -> None:
         """Ask each server with each number of clients."""
         self.alone.append(self._play({"role": "alone", "model": self._config.model}))
-        measured = {name: self._measure(name) for name in CONTENDERS[:: -1 if number % 2 else 1]}
+        measured = {name: self._measure(name) for name in in_turn(CONTENDERS, number)}
         self.rounds.append({name: measured[name] for name in CONTENDERS})
         logger.info(
             "Round %d of %d: %s",

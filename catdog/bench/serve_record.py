@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from catdog.bench.record import BenchRecord
-from catdog.bench.spread import Spread, spread
+from catdog.bench.rounds import Spread, spread
 from catdog.records import plural
 
 OURS: Final = "catdog"

@@ -6,7 +6,6 @@ nothing could be labelled and written, and a Python that does nothing, each as a
 
 from __future__ import annotations
 
-import io
 import logging
 import re
 import statistics
@@ -21,7 +20,7 @@ from typing import Any, ClassVar, Final
 from catdog import scratch, storage
 from catdog.bench import folders, processes, tree
 from catdog.bench.record import Begun, BenchRecord
-from catdog.bench.spread import Spread, spread
+from catdog.bench.rounds import Spread, in_turn, spread
 from catdog.config import BenchStartupConfig
 from catdog.errors import CatdogError
 
@@ -111,15 +110,14 @@ def bench_startup(config: BenchStartupConfig) -> BenchStartupRecord:
             stages.append(found)
             logger.info("Round %d of %d: inline %.2f s", number + 1, config.rounds, seconds["inline"])
         import_s = bench.import_s()
-    medians = {
-        name: {stage: statistics.median(each[name][stage] for each in stages) for stage in stages[0][name]}
-        for name in EXECUTORS
-    }
     record = BenchStartupRecord(
         seconds={name: spread([each[name] for each in rounds]) for name in rounds[0]},
         inline_by_floor=spread([each["inline"] / each["floor"] for each in rounds]),
         floor=FLOOR,
-        stages=medians,
+        stages={
+            name: {stage: statistics.median(each[name][stage] for each in stages) for stage in stages[0][name]}
+            for name in EXECUTORS
+        },
         outside_labelling_s={
             name: statistics.median(
                 each[name] - found[name]["decode"] - found[name]["score"]
@@ -138,10 +136,8 @@ def _drawing(directory: str) -> str:
     """The path of a drawn photograph."""
     from catdog import drawings
 
-    buffer = io.BytesIO()
-    drawings.draw("cat", [0]).save(buffer, "JPEG", quality=90)
     path = Path(directory, "cat.jpg")
-    path.write_bytes(buffer.getvalue())
+    drawings.draw("cat", [0]).save(path, quality=90)
     return str(path)
 
 
@@ -156,7 +152,7 @@ class _Bench:
         """The seconds of each process, and the stages of ours."""
         seconds, starts = {}, {}
         names = [*EXECUTORS, *PROGRAMS]
-        for name in names[:: -1 if number % 2 else 1]:
+        for name in in_turn(names, number):
             if name in PROGRAMS:
                 usage = self._run([sys.executable, "-c", PROGRAMS[name]])
             else:

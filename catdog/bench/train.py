@@ -1,29 +1,31 @@
 """`catdog bench train`: ratios of images per second, measured in turns on the same cores.
 
-Every round runs every contender of `catdog.bench.contenders`, one after the other, each in a process of its own, every
-other round in reverse order: what else the machine does falls on all of them alike. The first epoch of each, with its
-tracing and its cold caches, is left out.
+Every round runs every contender of `catdog.bench.train_contenders`, one after the other, each in a process of its own,
+every other round in reverse order: what else the machine does falls on all of them alike. The first epoch of each, with
+its tracing and its cold caches, is left out.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Final
 
 from catdog import hardware, scratch, storage
 from catdog.bench import processes, subset
-from catdog.bench.processes import Epoch, Settings
-from catdog.bench.record import Begun, BenchRecord
-from catdog.bench.spread import Spread, spread
+from catdog.bench.processes import Settings
+from catdog.bench.record import Begun
+from catdog.bench.rounds import in_turn
+from catdog.bench.train_record import BenchTrainRecord, Epoch, Measurement, figures
 from catdog.config import BenchTrainConfig, TrainConfig
 from catdog.dataset import reading
-from catdog.errors import UsageError
-from catdog.records import plural
+from catdog.errors import TrainingError, UsageError
 from catdog.training import resolve
 
 logger = logging.getLogger(__name__)
@@ -38,85 +40,8 @@ NUM_TUTORIAL_EPOCHS: Final = 2
 NUM_VAL_IMAGES: Final = 256
 """`catdog train` validates after every epoch; that is not measured."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Figure(Spread):
-    """A ratio, over the rounds."""
-
-    target: float
-
-    def __str__(self) -> str:
-        """`98.7 % (97.5 to 99.1)`."""
-        return f"{100 * self.median:.1f} % ({100 * self.min:.1f} to {100 * self.max:.1f})"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """What a contender did in a round, its first epoch left out."""
-
-    images_per_s: float
-    input_share: float
-    """Share of its seconds in which the workers waited for images."""
-
-    epochs: list[list[Epoch]]
-    """Of each of its processes, all epochs."""
-
-
-Round = Mapping[str, Measurement]
-"""By the contenders' names."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchTrainRecord(BenchRecord):
-    """What `bench.json` holds.
-
-    Its figures:
-
-    - `tutorial_speedup`: images per second on Ray Train as a multiple of those of the Keras tutorial, with or without
-      XLA, whichever is faster in that round. The tutorial decodes its images in every epoch; ours are decoded once,
-      before.
-    - `tutorial_speedup_streamed`: the same where ours are decoded in every epoch, too.
-    - `ray_efficiency`: images per second on Ray Train as a share of those of bare processes.
-    - `scaling_efficiency`: images per second of all workers as a share of as many times those of one worker, which
-      trains with the same images per step and worker, and has as many steps in an epoch.
-    - `sharing_efficiency`: images per second of all workers as a share of those of as many bare processes side by side,
-      each of which trains a model of its own. They share caches, memory and clock as our workers do, but no gradients.
-    - `input_share_in_memory`, `input_share_streamed`: the share of the time in which workers wait for images, which are
-      held in the object store, or decoded anew in every epoch on the cores that train.
-    """
-
-    file_name: ClassVar[str] = "bench.json"
-
-    command: str = "bench train"
-    arch: str
-    figures: dict[str, Figure]
-    rounds: list[dict[str, Measurement]]
-    num_workers: int
-    image_size: int
-    num_images: int
-    """Per epoch."""
-
-    def summary(self) -> list[str]:
-        """Every figure with its range over the rounds and its target."""
-        figures, workers = self.figures, plural(self.num_workers, "worker")
-        goals = {name: f"{100 * figure.target:g} %" for name, figure in figures.items()}
-        return [
-            f"Trained {self.arch} at {self.image_size} px on {self.num_images:,} images, "
-            f"{len(self.rounds)} times with every contender, in {self.duration_s:,.0f} s.",
-            "Images per second:",
-            f"  Keras tutorial  {figures['tutorial_speedup']} of its (goal: at least {goals['tutorial_speedup']})",
-            f"    both decoding {figures['tutorial_speedup_streamed']} of its "
-            f"(goal: at least {goals['tutorial_speedup_streamed']})",
-            f"  bare processes  {figures['ray_efficiency']} of theirs (goal: at least {goals['ray_efficiency']})",
-            f"  one worker      {figures['scaling_efficiency']} of its with each of {workers} "
-            f"(goal: at least {goals['scaling_efficiency']})",
-            f"  side by side    {figures['sharing_efficiency']} of those of {workers} that share nothing "
-            f"(goal: at least {goals['sharing_efficiency']})",
-            "Share of the time in which workers wait for images:",
-            f"  in memory       {figures['input_share_in_memory']} (goal: below {goals['input_share_in_memory']})",
-            f"  streamed        {figures['input_share_streamed']} (goal: below {goals['input_share_streamed']})",
-            f"Bench: {self.output}",
-        ]
+POLL_S: Final = 0.2
+"""How often is looked whether a contender has ended."""
 
 
 def bench_train(config: BenchTrainConfig) -> BenchTrainRecord:
@@ -129,39 +54,16 @@ def bench_train(config: BenchTrainConfig) -> BenchTrainRecord:
     begun = Begun(BenchTrainRecord, config)
     num_workers = config.num_workers or hardware.num_cores()
     batch_size = config.batch_size * num_workers
-    training = resolve(
-        TrainConfig(
-            data=config.data,
-            output=begun.output,
-            arch=ARCH,
-            weights="none",
-            image_size=config.image_size,
-            batch_size=batch_size,
-            num_workers=num_workers,
-        )
-    )
-    image_size = training.image_size
+    image_size = _image_size(config, begun.output, batch_size, num_workers)
     num_steps = config.num_images // batch_size
     if num_steps == 0:
         raise UsageError(
             f"--num-images must be at least one batch of {num_workers} workers, {batch_size}. "
             f"Received: --num-images={config.num_images}"
         )
-    rounds: list[dict[str, Measurement]] = []
     with scratch.directory("bench") as directory:
         trials = _trials(config, directory, num_workers, image_size, num_steps)
-        for number in range(config.num_rounds):
-            measured: dict[str, Measurement] = {}
-            for name in list(trials)[:: -1 if number % 2 else 1]:
-                measured[name] = _measure(trials[name], tempfile.mkdtemp(dir=directory))
-                logger.info(
-                    "Round %d of %d: %s, %.0f images/s",
-                    number + 1,
-                    config.num_rounds,
-                    name,
-                    measured[name].images_per_s,
-                )
-            rounds.append({name: measured[name] for name in trials})
+        rounds = [_measure_all(trials, directory, number, config.num_rounds) for number in range(config.num_rounds)]
     record = BenchTrainRecord(
         arch=ARCH,
         figures=figures(rounds, num_workers),
@@ -172,6 +74,20 @@ def bench_train(config: BenchTrainConfig) -> BenchTrainRecord:
         **begun.common(),
     )
     return begun.publish(record)
+
+
+def _image_size(config: BenchTrainConfig, output: str, batch_size: int, num_workers: int) -> int:
+    """The size of the images, as a training with these settings has it."""
+    training = TrainConfig(
+        data=config.data,
+        output=output,
+        arch=ARCH,
+        weights="none",
+        image_size=config.image_size,
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
+    return resolve(training).image_size
 
 
 def _trials(
@@ -210,10 +126,22 @@ def _trials(
     }
 
 
+def _measure_all(
+    trials: Mapping[str, Sequence[Settings]], directory: str, number: int, num_rounds: int
+) -> dict[str, Measurement]:
+    """Run every contender once."""
+    measured: dict[str, Measurement] = {}
+    for name in in_turn(trials, number):
+        measured[name] = _measure(trials[name], tempfile.mkdtemp(dir=directory))
+        speed = measured[name].images_per_s
+        logger.info("Round %d of %d: %s, %.0f images/s", number + 1, num_rounds, name, speed)
+    return {name: measured[name] for name in trials}
+
+
 def _measure(settings: Sequence[Settings], directory: str) -> Measurement:
     """Run a contender. What counts is the first process of each group, whose processes are always at the same step."""
     output = storage.join(directory, "output")
-    found = processes.run([each | {"output": output} for each in settings], directory)
+    found = run_contenders([each | {"output": output} for each in settings], directory)
     groups = [epochs[1:] for each, epochs in zip(settings, found, strict=True) if each.get("rank", 0) == 0]
     return Measurement(
         images_per_s=sum(_total(epochs, "num_images") / _total(epochs, "seconds") for epochs in groups),
@@ -222,36 +150,33 @@ def _measure(settings: Sequence[Settings], directory: str) -> Measurement:
     )
 
 
+def run_contenders(settings: Sequence[Settings], scratch: str) -> list[list[Epoch]]:
+    """Train side by side until all have ended. Returns the epochs of each.
+
+    Args:
+        settings: of each contender.
+        scratch: a local directory.
+
+    Raises:
+        TrainingError: one failed; the others have been ended.
+    """
+    results = [Path(scratch, f"result-{index}.json") for index in range(len(settings))]
+    with contextlib.ExitStack() as stack:
+        started = []
+        for each, result in zip(settings, results, strict=True):
+            command, log = processes.role("train_contenders", each, str(result)), result.with_suffix(".log")
+            started.append((stack.enter_context(processes.running(command, log)), log))
+        # Where one fails, the others wait for it, and must be ended.
+        while any(process.poll() is None for process, _ in started):
+            time.sleep(POLL_S)
+            for (process, log), each in zip(started, settings, strict=True):
+                if process.poll():
+                    raise TrainingError(
+                        f"a contender must finish. Received: {each['role']} with exit code {process.returncode}: "
+                        f"{processes.tail(log.read_text(errors='replace'))}"
+                    )
+    return [json.loads(result.read_text()) for result in results]
+
+
 def _total(epochs: Sequence[Epoch], name: str) -> float:
     return sum(epoch[name] for epoch in epochs)
-
-
-def figures(rounds: Sequence[Round], num_workers: int) -> dict[str, Figure]:
-    """Every figure of `BenchTrainRecord` over the rounds."""
-
-    def images_per_s(a_round: Round, *names: str) -> float:
-        return max(a_round[name].images_per_s for name in names)
-
-    def speedup(a_round: Round, name: str) -> float:
-        return images_per_s(a_round, name) / images_per_s(a_round, "tutorial", "tutorial_xla")
-
-    definitions: dict[str, tuple[Callable[[Round], float], float]] = {
-        "tutorial_speedup": (lambda each: speedup(each, "ray_train"), 2.0),
-        "tutorial_speedup_streamed": (lambda each: speedup(each, "streamed"), 2.0),
-        "ray_efficiency": (lambda each: images_per_s(each, "ray_train") / images_per_s(each, "bare"), 0.98),
-        "scaling_efficiency": (
-            lambda each: images_per_s(each, "ray_train") / (num_workers * images_per_s(each, "one_worker")),
-            0.95,
-        ),
-        "sharing_efficiency": (
-            lambda each: images_per_s(each, "ray_train") / images_per_s(each, "side_by_side"),
-            0.95,
-        ),
-        "input_share_in_memory": (lambda each: each["ray_train"].input_share, 0.02),
-        "input_share_streamed": (lambda each: each["streamed"].input_share, 0.02),
-    }
-    found = {}
-    for name, (definition, target) in definitions.items():
-        values = [definition(each) for each in rounds]
-        found[name] = Figure(**asdict(spread(values)), target=target)
-    return found

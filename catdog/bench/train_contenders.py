@@ -28,7 +28,8 @@ import numpy as np
 from catdog import architectures, hardware, storage
 from catdog.architectures import fast_layers
 from catdog.bench import processes
-from catdog.bench.processes import Epoch, Settings
+from catdog.bench.processes import Settings
+from catdog.bench.train_record import Epoch
 from catdog.config import TrainConfig
 from catdog.dataset import reading
 from catdog.training import ResolvedTrainConfig, resolve
