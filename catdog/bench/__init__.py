@@ -4,7 +4,7 @@ A module has the name of its command, and beside it stand those that only this c
 
 - `train`: `train_contenders`, `train_record`, `subset`
 - `chaos`: `killer`, `watched`
-- `nightly_chaos`: `disturbing`, `growing`, `opened`, `polling`
+- `nightly_chaos`: `disturbing`, `growing`, `opened`, `polling`, `runs`
 - `plan`: `planning`, `simulated_s3`
 - `predict`: `limit`, `peers`, `predict_record`
 - `serve`: `serve_contenders`, `serve_record`

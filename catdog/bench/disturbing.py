@@ -17,10 +17,11 @@ from typing import Final, Literal
 import numpy as np
 
 from catdog import storage
-from catdog.bench import processes, tree
+from catdog.bench import tree
 from catdog.bench.growing import Growing
 from catdog.bench.opened import Opened
 from catdog.bench.polling import Reader
+from catdog.bench.runs import STUCK_S, Run
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +35,6 @@ _LONGEST_DELAY_S: Final = 3.0
 
 _MOST_OPENED: Final = 1024
 """... or, every second time, when a random number of images up to this one has been opened: a slice's largest size."""
-
-_STUCK_S: Final = 300.0
-"""A run that takes longer than this without an end is stuck."""
-
-_REFUSED: Final = "--output must not be in use by another run"
-_TOO_MANY_DEATHS: Final = (
-    "the process that labels must not die",
-    "An actor must not die more than",
-)
-"""How the error of a run begins that gave up because its workers were killed."""
 
 _ACTOR: Final = "_SliceLabeller"
 """Stands in the name of the process of an actor."""
@@ -61,54 +52,6 @@ class Disturbance:
     num_under_way: int | None
     """Images that all workers had opened, and not yet published, at a kill: they are opened again. None where it is not
     known, because the images do not lie on a local disk."""
-
-
-class Run:
-    """A run of `catdog predict`, or of `catdog compact`, as a process of its own."""
-
-    def __init__(self, arguments: Sequence[str], log: Path) -> None:
-        """Start `catdog` with these arguments."""
-        self._log = log
-        self._started = time.monotonic()
-        with log.open("wb") as written:
-            self.process = subprocess.Popen(
-                processes.catdog(*arguments),
-                env=processes.environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=written,
-            )
-        self.is_killed = False
-
-    def kill(self) -> bool:
-        """Kill the process with SIGKILL; whether it was alive."""
-        if self.process.poll() is not None:
-            return False
-        self.process.kill()
-        self.process.wait()
-        self.is_killed = True
-        return True
-
-    @property
-    def is_stuck(self) -> bool:
-        """Whether it takes longer than any run should."""
-        return self.process.poll() is None and time.monotonic() - self._started > _STUCK_S
-
-    @property
-    def end(self) -> str:
-        """How the run that has ended did so; what is not expected begins with `exit code`."""
-        code = self.process.returncode
-        if self.is_killed:
-            return "killed"
-        if code == 0:
-            return "done"
-        text = self._log.read_text(errors="replace")
-        error = text[text.rfind("error: ") + len("error: ") :] if "error: " in text else text
-        if code == 2 and error.startswith(_REFUSED):
-            return "refused"
-        if code == 1 and error.startswith(_TOO_MANY_DEATHS):
-            return "gave up"
-        return f"exit code {code}: {processes.tail(error)}"
 
 
 class Disturber:
@@ -228,7 +171,7 @@ class Disturber:
         compaction = self._run("compact", self._output)
         try:
             compaction.process.wait(
-                _STUCK_S if self._rng.random() < 0.5 else float(self._rng.uniform(0, _LONGEST_DELAY_S))
+                STUCK_S if self._rng.random() < 0.5 else float(self._rng.uniform(0, _LONGEST_DELAY_S))
             )
         except subprocess.TimeoutExpired:
             compaction.kill()
