@@ -409,6 +409,7 @@ def run_record(output: str, errors: dict[str, int], *, num_ok: int = 3) -> RunRe
         errors=errors,
         skipped={},
         drift=[],
+        missing=[],
         durations_s={"total": 1.5},
         images_per_s=2.5,
     )

@@ -129,6 +129,26 @@ def test_a_run_that_stops_early_says_what_remains(nights: Output, tmp_path: Path
     assert "Label what remains." in words
 
 
+def test_what_is_not_listed_any_more_is_missed(nights: Output, tmp_path: Path) -> None:
+    """As a camera whose mount is lost: its folder is empty, and the books close without it."""
+    output = Output(tmp_path, nights.config.model or "")
+    for camera in range(3):
+        (output.images / str(camera)).mkdir()
+        for number in range(8):
+            (output.images / str(camera) / f"{number}.jpg").write_bytes(grey(8 * camera + number))
+    output.night()
+    for path in (output.images / "2").iterdir():
+        path.unlink()
+    output.night()
+    assert output.records[0].missing == []
+    (text,) = output.records[1].missing
+    assert text.startswith("Only 16 images listed; the last nights had 24. ")
+    words = output.words(1)
+    assert text in words
+    assert "Find out what is missing" in words
+    assert f"  missing  {text}" in output.records[1].summary()
+
+
 def test_no_text_is_html(nights: Output) -> None:
     report = nights.report(0)
     assert "<script" not in report

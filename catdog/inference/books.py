@@ -15,6 +15,7 @@ from catdog.config import PredictConfig
 from catdog.errors import BooksError, StorageError
 from catdog.inference import drift, findings
 from catdog.inference.findings import CONFIDENCE_EDGES
+from catdog.inference.missing import missing
 from catdog.inference.plan import PASSING_CODES, Plan
 from catdog.inference.progress import Progress
 from catdog.inference.publish import RUNS_NAME
@@ -139,6 +140,9 @@ class RunRecord(records.Record):
     drift: list[str] = field(default_factory=list)
     """How this run's rows differ from those of earlier runs, a sentence each."""
 
+    missing: list[str] = field(default_factory=list)
+    """What the listing may lack, a sentence each: folders that could not be read, images that were there before."""
+
     replaced: dict[str, int] | None = None
     """Earlier run → number of its rows, all of them errors, that rows of this run replace; under an empty name, how
     many rows of this run may have replaced some, and nobody knows whose. None in the records of older catdogs."""
@@ -169,6 +173,7 @@ class RunRecord(records.Record):
         return [
             head,
             f"  labels   {records.counted(self.labels)}; {self.needs_review:,} need review",
+            *(f"  missing  {text}" for text in self.missing),
             *(f"  drift    {text}" for text in self.drift),
             *([f"  errors   {records.counted(self.errors)}"] if self.errors else []),
             *([f"  skipped  {records.counted(self.skipped)}"] if self.skipped else []),
@@ -354,8 +359,12 @@ class Ledger:
             complete=self._plan.is_listed and not books.remaining,
             plans=self._plan.taken_from,
         )
-        found = drift.compare(drift.night_of(record.to_dict()), earlier)
-        return replace(record, drift=[shift.text for shift in found.drifted])
+        tonight = drift.night_of(record.to_dict())
+        return replace(
+            record,
+            drift=[shift.text for shift in drift.compare(tonight, earlier).drifted],
+            missing=missing(tonight, earlier, skipped, self._plan.listed.first_skipped),
+        )
 
     def expected_accuracy(self, calibration_error: float) -> Estimate | None:
         """The share of the labels that are right, if the model is calibrated, with a 95 % interval.

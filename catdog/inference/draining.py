@@ -44,7 +44,7 @@ class Drain:
         self._signal: int | None = None
         self._is_deadline_over = False
         if self._at is not None:
-            logger.info("Labelling until %s at the latest", self._at.strftime("%Y-%m-%d %H:%M %Z (UTC%:z)"))
+            logger.info("Labelling until %s at the latest", self._at.strftime("%Y-%m-%d %H:%M %Z (UTC%z)"))
 
     def is_over(self) -> bool:
         """Whether no further slice is to be begun."""

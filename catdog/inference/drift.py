@@ -10,6 +10,7 @@ for the four questions, this had a chance of less than `ALPHA`, the difference i
 night differed as much from the others.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,14 @@ class Night:
     """Number of labels in each bin of `CONFIDENCE_EDGES`."""
 
     images_per_s: float
+    num_listed: int | None = None
+    """Number of the images that were listed; None if the listing did not come to its end."""
+
+    num_known: int = 0
+    """How many of them earlier runs had labelled."""
+
+    sources: str = ""
+    """What was listed: equal texts for equal places."""
 
     @property
     def is_empty(self) -> bool:
@@ -88,6 +97,11 @@ def night_of(record: Mapping[str, Any]) -> Night:
         needs_review=int(record["needs_review"]),
         confidence=[sum(counts) for counts in zip(*(record["confidence"][name] for name in CLASS_NAMES), strict=True)],
         images_per_s=float(record["images_per_s"]),
+        num_listed=int(record["books"]["listed"] - record["books"]["skipped"])
+        if record.get("is_listed", True)
+        else None,
+        num_known=int(record["books"]["already_done"]),
+        sources=json.dumps([record["config"].get(name) for name in ("images", "include", "exclude", "uri_column")]),
     )
 
 

@@ -201,7 +201,7 @@ def _date(record: RunRecord) -> str:
 def _state(record: RunRecord) -> Any:
     if record.failed_fraction_exceeded:
         return "bad"
-    return "warn" if record.drift or not record.complete else "good"
+    return "warn" if record.drift or record.missing or not record.complete else "good"
 
 
 def _sentences(record: RunRecord) -> list[str]:
@@ -213,6 +213,7 @@ def _sentences(record: RunRecord) -> list[str]:
         found.append(f"The run was stopped before its end: {record.what_remains()}.")
     elif not found:
         found.append("The run is complete, and the books close: every image that was listed is accounted for.")
+    found += record.missing
     if record.drift:
         found.append(f"These images are not like those of earlier nights. {' '.join(record.drift)}")
     return found
@@ -281,6 +282,8 @@ def _steps(config: PredictConfig, record: RunRecord) -> Iterator[tuple[str, str 
     rows = _sql_text(f"{redact(record.output).rstrip('/')}/*.parquet")
     if not record.complete:
         yield "Label what remains. The same command does, and labels nothing twice:", command_line(config)
+    if record.missing:
+        yield "Find out what is missing, and let the job read it. The same command labels it.", None
     passing = sum(count for code, count in record.errors.items() if code in PASSING_CODES)
     lasting = record.books.error - passing
     if passing:

@@ -54,7 +54,9 @@ def url_of(config: PredictConfig) -> str | None:
 def tell_end(url: str, record: RunRecord) -> None:
     """Tell a hook of a run that has come to its end. Warns if the hook does not take it."""
     complaint = record.complaint()
-    colour = "danger" if complaint else "warning" if record.drift or not record.complete else "good"
+    colour = (
+        "danger" if complaint else "good" if record.complete and not (record.drift or record.missing) else "warning"
+    )
     first, *_ = record.summary()
     text = f"catdog: {first.replace(' (' + record.executor + ')', '')}"
     text += f" Too many failed: {complaint}." if complaint else ""
@@ -66,6 +68,7 @@ def tell_end(url: str, record: RunRecord) -> None:
         low, high = record.expected_accuracy["ci95"]
         value = records.percent(record.expected_accuracy["value"])
         fields.append(("Accuracy to be expected", f"{value} ({100 * low:.2f} to {100 * high:.2f})"))
+    fields += [("Missing", " ".join(record.missing))] if record.missing else []
     fields += [("Drift", " ".join(record.drift))] if record.drift else []
     fields.append(("Report", f"{redact(record.output).rstrip('/')}/_runs/{record.run_id}.html"))
     sent = {name: value for name, value in record.to_dict().items() if name not in _NOT_SENT}
@@ -134,6 +137,7 @@ def _post(url: str, body: bytes) -> None:
             """Follow no redirection."""
 
     failures: list[str] = []
+    late = f"it has not answered within {TIMEOUT_S:g} s"
 
     def send() -> None:
         headers = {"Content-Type": "application/json", "User-Agent": f"catdog/{__version__}"}
@@ -143,6 +147,8 @@ def _post(url: str, body: bytes) -> None:
             request = urllib.request.Request(address, body, headers, method="POST")
             with urllib.request.build_opener(NoRedirects).open(request, timeout=TIMEOUT_S):
                 pass
+        except TimeoutError:
+            failures.append(late)
         except urllib.error.HTTPError as error:
             failures.append(f"it answered with status {error.code}")
             error.close()
@@ -155,6 +161,6 @@ def _post(url: str, body: bytes) -> None:
     sender.start()
     sender.join(TIMEOUT_S)
     if sender.is_alive():
-        failures.append(f"it has not answered within {TIMEOUT_S:g} s")
+        failures.append(late)
     if failures:
         logger.warning("The hook %s was not told how the run ended: %s", secret(url), failures[0])

@@ -78,6 +78,7 @@ def text_of(record: RunRecord, output: str, *, now: float, last_success: float |
     page.gauge("catdog_last_run_images_per_second", "Speed of the last run.", float(record.images_per_s))
     page.gauge("catdog_last_run_duration_seconds", "Seconds that stages took.", record.durations_s, "stage")
     page.gauge("catdog_last_run_drifts", "In how many ways the last run's rows differ.", len(record.drift))
+    page.gauge("catdog_last_run_missing", "In how many ways the last listing may lack images.", len(record.missing))
     if record.expected_accuracy is not None:
         page.gauge(
             "catdog_last_run_expected_accuracy_ratio",
