@@ -18,7 +18,7 @@ CLASS_NAMES: Final = ("cat", "dog")
 ERROR_CODES: Final = (
     "not_found",  # listed, but gone when it was read
     "permission_denied",
-    "unreachable",  # on a storage that is not the job's own, and kept failing
+    "unreachable",  # on a storage that is not the job's own, and kept failing; or where the disk is damaged
     "empty_file",
     "unsupported_format",  # not an image, or one in a format or pixel mode that catdog does not read
     "truncated",

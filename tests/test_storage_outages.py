@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from fault_proxy import FAULTS, Fault, FaultProxy
@@ -149,6 +150,27 @@ def test_local_errors_are_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -
     calls: list[float] = []
     with pytest.raises(StorageError, match=r"^/x: the storage failed for [01] s: Input/output error$"):
         failing("/x", calls, OSError(5, "Input/output error"))()
+
+
+def test_one_bad_sector_is_a_row_and_a_dead_disk_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading `/proc/self/mem` fails as a bad sector does, also where it is not named as an image."""
+    monkeypatch.setattr(outages, "_LOCAL_PATIENCE_S", 0.0)
+    for name in ("bad.jpg", "NOTES"):
+        (tmp_path / name).symlink_to("/proc/self/mem")
+    (tmp_path / "good.jpg").write_bytes(b"good")
+    listed = [file.uri for file in storage.list_images(str(tmp_path), skip_others=True)]
+    assert [Path(uri).name for uri in listed] == ["NOTES", "bad.jpg", "good.jpg"]
+    *bad, good = storage.read_sources(listed, own=[""])
+    assert good == b"good"
+    for error in bad:
+        assert isinstance(error, ImageError)
+        assert error.code == "unreachable"
+        assert "Input/output error" in str(error)
+    (tmp_path / "good.jpg").unlink()  # now nothing can be read there
+    with pytest.raises(StorageError, match="Input/output error"):
+        list(storage.read_sources(listed[:1], own=[""]))
+    with pytest.raises(StorageError, match="Input/output error"):
+        list(storage.list_images(str(tmp_path), skip_others=True))
 
 
 def test_nothing_is_tried_again_for_a_reader_that_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import errno
 import functools
+import itertools
 import json
 import os
 import stat
@@ -32,6 +33,9 @@ _AHEAD_BYTES: Final = 32 * 2**20
 
 One file is read ahead however large it is.
 """
+
+_NUM_OTHERS: Final = 8
+"""So many files beside one that cannot be read are looked at, to see whether they can be."""
 
 _GUESSED_BYTES: Final = _AHEAD_BYTES // MAX_CONNECTIONS
 """What a file of unknown size counts as: 1 MiB, so that each connection has a file to read."""
@@ -97,7 +101,8 @@ def read_sources(
         versions: as in `SourceFile.version`; see `read_source`.
         own: what `storage_of` says of the job's own storages; None if every storage is the job's own. If another
             storage fails for 20 s, its images get the `ImageError` unreachable, and this process does not ask it again
-            for five minutes. Images on this machine are always the job's own.
+            for five minutes. Images on this machine are always the job's own. One that fails alone, because the disk
+            is damaged where it lies, is unreachable, too.
 
     Raises:
         StorageError: the job's own storage failed.
@@ -146,9 +151,33 @@ def _read_or_error(
     except ImageError as error:
         return error
     except StorageError as error:
-        if is_own:
+        if is_own and not is_bad_alone(uri):
             raise
         return ImageError("unreachable", str(error))
+
+
+def is_bad_alone(uri: str) -> bool:
+    """Whether a file on this machine has failed while one beside it can be read, as on a disk with a bad sector.
+
+    A network file system that is gone reads none of them.
+    """
+    if archive_scheme(uri) is not None or split_member(uri) is not None or not is_local(uri := absolute(uri)):
+        return False
+    path = local_path(uri)
+    try:
+        with os.scandir(os.path.dirname(path)) as entries:
+            others = (entry.path for entry in entries if entry.path != path and entry.is_file(follow_symlinks=False))
+            return any(map(_is_readable, itertools.islice(others, _NUM_OTHERS)))
+    except OSError:
+        return False
+
+
+def _is_readable(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return bool(file.read(1))
+    except OSError:
+        return False
 
 
 def _read_local(path: str) -> bytes:

@@ -5,13 +5,14 @@ import concurrent.futures
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from catdog.errors import ImageError
+from catdog.errors import ImageError, StorageError
 from catdog.storage import names
 from catdog.storage.archives import Head
 from catdog.storage.archives.interface import FilePlace
 from catdog.storage.filesystems import SourceFile, attempt
 from catdog.storage.outages import MAX_CONNECTIONS
 from catdog.storage.patterns import Chosen
+from catdog.storage.reading import is_bad_alone
 from catdog.storage.urls import is_local, split_member, storage_of
 from catdog.storage.walking import Skip
 
@@ -130,6 +131,10 @@ def _may_be_image(found: Found) -> bool:
         return names.looks_like_image((found.head or _head_of(found.file.uri))(names.HEAD_BYTES))
     except (ImageError, OSError):
         return True
+    except StorageError:
+        if is_bad_alone(found.file.uri):
+            return True
+        raise
 
 
 def _head_of(uri: str) -> Head:
