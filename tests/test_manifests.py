@@ -3,6 +3,7 @@
 import bz2
 import gc
 import gzip
+import io
 import json
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -221,11 +222,35 @@ def test_what_else_a_column_of_names_is_called(tmp_path: Path) -> None:
     assert uris(tmp_path / "t.csv") == [f"{tmp_path}/1.jpg"]
 
 
-@pytest.mark.parametrize("data", [b"", b"path\n", b"path\n\n"])
-def test_an_empty_table(tmp_path: Path, data: bytes) -> None:
-    (tmp_path / "t.csv").write_bytes(data)
-    with pytest.raises(UsageError, match=r"--images must hold at least one file|must have a column named"):
-        uris(tmp_path / "t.csv")
+def parquet(**columns: list[str]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        *(("t.csv", data) for data in (b"", b"\n\n", b"path\n", b"path\n\n")),
+        *(("t.jsonl", data) for data in (b"", b"\n")),
+        ("t.txt", b""),
+        ("t.csv.gz", gzip.compress(b"")),
+        *(("t.parquet", data) for data in (parquet(), parquet(uri=[]))),
+    ],
+)
+def test_an_empty_table(tmp_path: Path, name: str, data: bytes) -> None:
+    """On a night without new images there may be neither rows nor the names of columns."""
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UsageError, match=r"--images must hold at least one file"):
+        uris(tmp_path / name)
+    assert list(storage.list_images(str(tmp_path / name), allow_empty=True)) == []
+
+
+@pytest.mark.parametrize(("name", "data"), [("t.csv", b"\n\na.jpg\n"), ("t.jsonl", b"{}\n")])
+def test_a_table_without_names_that_has_rows(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UsageError, match="must have a column named"):
+        list(storage.list_images(str(tmp_path / name), allow_empty=True))
 
 
 def test_a_row_that_names_nothing_is_its_own_error(tmp_path: Path) -> None:

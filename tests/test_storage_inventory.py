@@ -19,6 +19,7 @@ from catdog.storage.patterns import Chosen
 
 pytest_plugins = ["s3_server", "storage_case"]
 
+EMPTY = pa.schema({"bucket": pa.string(), "key": pa.string(), "is_latest": pa.bool_()})
 NAMES = ["a/1.jpg", "a b/c+d é#1.jpg", "notes.txt", ".hidden/2.jpg", "b/100%.png"]
 
 
@@ -33,7 +34,7 @@ def written(kind: str, rows: list[dict[str, object]]) -> tuple[bytes, str]:
         text = "".join(",".join(f'"{value}"' for value in line) + "\n" for line in lines)
         return gzip.compress(text.encode()), "Bucket, Key, VersionId, IsLatest, IsDeleteMarker, Size, ETag"
     sink = io.BytesIO()
-    table = pa.Table.from_pylist(rows)
+    table = pa.Table.from_pylist(rows, None if rows else EMPTY)
     pq.write_table(table, sink) if kind == "Parquet" else pyarrow.orc.write_table(table, sink)
     return sink.getvalue(), "as the file says"
 
@@ -56,12 +57,15 @@ def write_inventory(bucket: str, at: str, kind: str, files: list[SourceFile], **
     data, schema = written(kind, rows)
     suffix = {"CSV": "csv.gz"}.get(kind, kind.lower())
     storage.publish_bytes(f"{bucket}/inventory/data/1.{suffix}", data)
+    storage.publish_bytes(f"{bucket}/inventory/data/2.{suffix}", written(kind, rows[:0])[0])
     manifest = {
         "sourceBucket": name,
         "destinationBucket": f"arn:aws:s3:::{name}",
         "fileFormat": kind,
         "fileSchema": schema,
-        "files": [{"key": f"inventory/data/1.{suffix}", "size": len(data), "MD5checksum": "x"}],
+        "files": [
+            {"key": f"inventory/data/{number}.{suffix}", "size": len(data), "MD5checksum": "x"} for number in (2, 1)
+        ],
         **changes,
     }
     Path(at).write_text(json.dumps(manifest)) if at.startswith("/") else storage.publish_json(at, manifest)

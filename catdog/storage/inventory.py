@@ -114,8 +114,11 @@ def _read_csv(inventory: Inventory, url: str, stack: contextlib.ExitStack) -> It
 
     columns = {each: str(inventory.names.index(name)) for each, name in _columns(inventory.names, url).items()}
     places = list(columns.values())
+    lines = tables.open_lines(url, stack)
+    if not lines.peek(1):
+        return  # of a bucket, or a prefix, that was empty
     reader = pyarrow.csv.open_csv(
-        tables.open_lines(url, stack),
+        lines,
         read_options=pyarrow.csv.ReadOptions(
             column_names=[str(place) for place in range(len(inventory.names))], use_threads=False
         ),

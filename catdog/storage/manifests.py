@@ -134,6 +134,8 @@ def read_rows(urls: Sequence[str], columns: Columns, *roles: str) -> Iterator[li
 
 
 def _rows_of(table: tables.Table, columns: Columns, roles: Sequence[str]) -> Iterator[list[Row]]:
+    if table.is_empty:
+        return
     uri = find(table.names, "uri", columns.uri, table.url)
     if uri is None:
         raise UsageError(

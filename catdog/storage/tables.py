@@ -81,6 +81,9 @@ class Table:
     batches: Callable[[Sequence[str]], Iterator[list[tuple[Any, ...]]]]
     """The rows, in batches, each with the values of these columns."""
 
+    is_empty: bool = False
+    """Whether it has neither rows nor columns, as a file of JSON lines on a night without new images."""
+
     images: frozenset[str] = frozenset()
     classes: dict[str, list[str]] = field(default_factory=dict)
 
@@ -159,7 +162,7 @@ def open_file(url: str, stack: contextlib.ExitStack) -> Any:
     return stack.enter_context(pa.CompressedInputStream(file, _COMPRESSIONS[found["compression"].lower()]))
 
 
-def open_lines(url: str, stack: contextlib.ExitStack) -> IO[bytes]:
+def open_lines(url: str, stack: contextlib.ExitStack) -> io.BufferedReader:
     """A file of lines of text, decompressed and in UTF-8, which `stack` closes."""
     file = stack.enter_context(io.BufferedReader(open_file(url, stack), _READ_BYTES))
     if not file.peek(2).startswith(_BOMS_16):
@@ -227,7 +230,8 @@ def _open_json(url: str, stack: contextlib.ExitStack) -> Table:
     def batches(names: Sequence[str]) -> Iterator[list[tuple[Any, ...]]]:
         return _in_batches(tuple(map(row.get, names)) for row in itertools.chain(first, rows))
 
-    return Table(url=url, names=list(dict.fromkeys(itertools.chain(*first))), batches=batches)
+    names = list(dict.fromkeys(itertools.chain(*first)))
+    return Table(url=url, names=names, batches=batches, is_empty=not first)
 
 
 def _array(url: str, first_line: bytes, lines: IO[bytes]) -> list[dict[str, Any]]:
@@ -272,7 +276,12 @@ def _open_csv(url: str, stack: contextlib.ExitStack, *, delimiter: str = ",") ->
         )
         return _rows_of(reader, places)
 
-    return Table(url=url, names=names, batches=batches)
+    return Table(url=url, names=names, batches=batches, is_empty=not names and _is_blank(url))
+
+
+def _is_blank(url: str) -> bool:
+    with contextlib.ExitStack() as stack, explaining(url, format_of(url) or ""):
+        return all(not line.strip() for line in open_lines(url, stack))
 
 
 def _rows_of(batches: Iterator[pa.RecordBatch], names: Sequence[str]) -> Iterator[list[tuple[Any, ...]]]:
@@ -292,7 +301,10 @@ def _open_parquet_table(url: str, stack: contextlib.ExitStack) -> Table:
             return _rows_of(parquet.iter_batches(BATCH_ROWS, columns=list(wanted)), wanted)
         return _rows_with_images(parquet, wanted, images)
 
-    return Table(url=url, names=schema.names, batches=batches, images=images, classes=_classes(schema))
+    is_empty = not schema.names and not parquet.metadata.num_rows
+    return Table(
+        url=url, names=schema.names, batches=batches, is_empty=is_empty, images=images, classes=_classes(schema)
+    )
 
 
 def _holds_images(kind: pa.DataType) -> bool:
