@@ -33,6 +33,9 @@ _FATAL: Final = frozenset(
 _MAX_DEATHS: Final = 3
 """How many children may die one after the other of which none has got anywhere."""
 
+_GRACE_S: Final = 5.0
+"""For how long a child may go on that was told twice to end."""
+
 _HANDLED: Final = frozenset({signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGTSTP})
 
 _BEGIN_VARIABLE: Final = "CATDOG_BEGIN"
@@ -67,7 +70,10 @@ def outlive_deaths() -> Callable[[], None]:
             signal.signal(signal.SIGCHLD, on_child)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             return functools.partial(has_progressed.__setitem__, 0, 1)
-        exit_code = os.waitstatus_to_exitcode(_wait(child))
+        status, told = _wait(child)
+        exit_code = os.waitstatus_to_exitcode(status)
+        if told is not None and -exit_code in _FATAL:  # it was to end, and does not begin anew
+            exit_code = -told
         num_deaths = 1 if has_progressed[0] else num_deaths + 1
         if -exit_code not in _FATAL or num_deaths > _MAX_DEATHS:
             break
@@ -84,20 +90,37 @@ def outlive_deaths() -> Callable[[], None]:
     raise SystemExit(exit_code if exit_code >= 0 else 128 - exit_code)
 
 
-def _wait(child: int) -> int:
-    """Wait for the end of a child, and pass on to it what this process is told. Returns the child's status."""
+def _wait(child: int) -> tuple[int, signal.Signals | None]:
+    """Wait for the end of a child, and pass on to it what this process is told.
+
+    A child that was told twice to end, and has not ended some seconds later, is killed: it waits for a storage.
+
+    Returns:
+        The child's status, and the last signal that told it to end, if there was one.
+    """
+    told: signal.Signals | None = None
+    last_moment: float | None = None
     while True:
-        told = signal.sigwait(_HANDLED)
-        if told == signal.SIGCHLD:
+        left_s = 3600.0 if last_moment is None else max(0.0, last_moment - time.monotonic())
+        if (received := signal.sigtimedwait(_HANDLED, left_s)) is None:
+            if last_moment is not None:
+                os.kill(child, signal.SIGKILL)
+                last_moment = None
+            continue
+        number = signal.Signals(received.si_signo)
+        if number == signal.SIGCHLD:
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
-                return status
-        elif told == signal.SIGTSTP:  # Ctrl-Z; what follows comes with `fg`
+                return status, told
+        elif number == signal.SIGTSTP:  # Ctrl-Z; what follows comes with `fg`
             os.kill(child, signal.SIGSTOP)
             os.kill(os.getpid(), signal.SIGSTOP)
             os.kill(child, signal.SIGCONT)
         else:
-            os.kill(child, told)
+            os.kill(child, number)
+            if told is not None:
+                last_moment = last_moment or time.monotonic() + _GRACE_S
+            told = number
 
 
 def _die_with(parent: int) -> None:
