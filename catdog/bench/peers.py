@@ -1,9 +1,9 @@
 """What `catdog bench predict` compares with ours: roles, which return nothing.
 
-All label the same folder of files with the model of the same bundle on the CPU, and write Parquet
-files with a row per image: `name`, the name of the file, and `prob_dog`. Their settings are `pictures`, the folder;
-`output`, a folder that is there; `model`, the path of `model.keras`; `openvino`, the path of the XML file, or nothing;
-`image_size`; `batch_size`.
+All label the same folder of files with the model of the same bundle on the CPU, and write Parquet files with a row per
+image: `name`, the name of the file, and `prob_dog`. Their settings are `pictures`, the folder; `output`, a folder that
+is there; `model`, the path of `model.keras`; `openvino`, the path of the XML file, or nothing; `image_size`;
+`batch_size`.
 
 - `keras`: Keras's `image_dataset_from_directory` and `model.predict`.
 - `daft`: Daft decodes and resizes, and hands batches to a class that has loaded the Keras model once, and computes it

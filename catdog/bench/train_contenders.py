@@ -35,6 +35,7 @@ from catdog.dataset import reading
 from catdog.training import ResolvedTrainConfig, resolve
 
 if TYPE_CHECKING:
+    import keras
     import tensorflow as tf
 
 
@@ -132,6 +133,14 @@ def tutorial(settings: Settings) -> list[Epoch]:
     )
     num_images = _num_steps(settings) * settings["batch_size"]
     epochs: list[Epoch] = []
+    model.fit(dataset, epochs=settings["epochs"], callbacks=[_clock(num_images, epochs)], verbose=0)
+    return epochs
+
+
+def _clock(num_images: int, epochs: list[Epoch]) -> keras.callbacks.Callback:
+    """Adds each epoch of Keras to the epochs. An epoch begins with its first step."""
+    import keras
+
     started = 0.0
 
     def begin(step: int, logs: None) -> None:
@@ -144,9 +153,7 @@ def tutorial(settings: Settings) -> list[Epoch]:
         seconds = time.perf_counter() - started
         epochs.append({"num_images": num_images, "seconds": seconds, "input_s": 0.0, "train_loss": logs["loss"]})
 
-    clock = keras.callbacks.LambdaCallback(on_train_batch_begin=begin, on_epoch_end=end)
-    model.fit(dataset, epochs=settings["epochs"], callbacks=[clock], verbose=0)
-    return epochs
+    return keras.callbacks.LambdaCallback(on_train_batch_begin=begin, on_epoch_end=end)
 
 
 def _num_steps(settings: Settings) -> int:
