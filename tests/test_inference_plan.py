@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -112,9 +113,12 @@ def test_few_part_files_are_held_at_a_time(
         publish_part(str(tmp_path), name, rows_of([SourceFile(f"/nowhere/{name}.jpg", "1", 1)]))
     begun: list[str] = []
     read_part = publish._read_part
-    monkeypatch.setattr(
-        publish, "_read_part", lambda *args, **options: begun.append(args[1]) or read_part(*args, **options)
-    )
+
+    def counted(*args: Any, **options: Any) -> Any:
+        begun.append(args[1])
+        return read_part(*args, **options)
+
+    monkeypatch.setattr(publish, "_read_part", counted)
     parts = publish.read_parts(str(tmp_path), names, ["uri"], large=names if is_large else ())
     for number, (name, rows) in enumerate(parts):
         assert rows["uri"].to_pylist() == [f"/nowhere/{name}.jpg"]

@@ -222,7 +222,7 @@ def test_what_else_a_column_of_names_is_called(tmp_path: Path) -> None:
     assert uris(tmp_path / "t.csv") == [f"{tmp_path}/1.jpg"]
 
 
-def parquet(**columns: list[str]) -> bytes:
+def parquet_bytes(**columns: list[str]) -> bytes:
     sink = io.BytesIO()
     pq.write_table(pa.table(columns), sink)
     return sink.getvalue()
@@ -235,7 +235,7 @@ def parquet(**columns: list[str]) -> bytes:
         *(("t.jsonl", data) for data in (b"", b"\n")),
         ("t.txt", b""),
         ("t.csv.gz", gzip.compress(b"")),
-        *(("t.parquet", data) for data in (parquet(), parquet(uri=[]))),
+        *(("t.parquet", data) for data in (parquet_bytes(), parquet_bytes(uri=[]))),
     ],
 )
 def test_an_empty_table(tmp_path: Path, name: str, data: bytes) -> None:
