@@ -179,13 +179,14 @@ def _score(features: Any, gauge: Gauge) -> Any:
     return ops.squeeze(score, constant([1]))
 
 
-def quantized_ir(ir: IR, images: Iterable[npt.NDArray[np.uint8]], *, num_float: int = 0) -> IR:
+def quantized_ir(ir: IR, images: Iterable[npt.NDArray[np.uint8]], *, num_float: int = 0, num_late: int = 0) -> IR:
     """The IR with int8 convolutions and matrix products, after NNCF's post-training quantization.
 
     Args:
         ir: a model with float weights.
         images: photographs of the training split, SSC, from which the ranges of the feature maps are taken.
         num_float: how many convolutions, from the first, keep their float weights.
+        num_late: how many do of those before the last.
     """
     model = read_ir(ir)
     import nncf
@@ -198,6 +199,7 @@ def quantized_ir(ir: IR, images: Iterable[npt.NDArray[np.uint8]], *, num_float: 
     ]
     # Where products are rounded and the features have a second use, in a score, OpenVINO 2026.4 gives wrong logits.
     last_layer = [] if _has_averaged_map(model) else [each.get_friendly_name() for each in _last_layer(model)]
+    kept = convolutions[:num_float] + convolutions[:-1][max(num_float, len(convolutions) - 1 - num_late) :]
     held = [image[np.newaxis] for image in images]
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
         made = nncf.quantize(
@@ -205,7 +207,7 @@ def quantized_ir(ir: IR, images: Iterable[npt.NDArray[np.uint8]], *, num_float: 
             nncf.Dataset(held),
             preset=nncf.QuantizationPreset.MIXED,
             subset_size=len(held),
-            ignored_scope=nncf.IgnoredScope(names=[*convolutions[:num_float], *last_layer]),
+            ignored_scope=nncf.IgnoredScope(names=[*kept, *last_layer]),
             advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
         )
     return _files_of(made)

@@ -19,12 +19,12 @@ from catdog.metrics import Estimate
 from catdog.neither import Gauge, NeitherCard
 from catdog.openvino_ir import IR
 
-NUM_PHOTOGRAPHS: Final = 300
+NUM_PHOTOGRAPHS: Final = 600
 """Number of photographs of the training split from which the ranges of the feature maps are taken."""
 
-NUM_FLOAT: Final = (0, 6)
-"""How many convolutions, from the first, keep their float weights: what is tried, until a model is accepted. The first
-ones see the finest details, and do little of the work."""
+NUM_FLOAT: Final = ((0, 0), (6, 0), (6, 2))
+"""How many convolutions keep their float weights, from the first, and before the last: what is tried, until a model is
+accepted. The first ones see the finest details. Those before the last give it what it makes the features of."""
 
 MAX_ACCURACY_LOSS: Final = 0.0005
 """By how much the validation accuracy of the int8 model may be lower: 0.05 points."""
@@ -65,6 +65,9 @@ class Int8Card(TypedDict):
 
     num_float: int
     """How many convolutions, from the first, have float weights."""
+
+    num_late_float: int
+    """How many do of those before the last."""
 
     temperature: float
     review_threshold: float
@@ -154,8 +157,9 @@ def quantized(
     before_engine = OpenVINOEngine(openvino_ir.gauged(ir, gauge), image_size, is_int8=False, num_parallel=num_parallel)
     labels_N, logits_N, float_scores_N = _outputs(before_engine, validation(), num_parallel)
     before = _figures(labels_N, logits_N)
-    for num_float in NUM_FLOAT:
-        made = openvino_ir.gauged(openvino_ir.quantized_ir(ir, held, num_float=num_float), gauge)
+    for num_float, num_late in NUM_FLOAT:
+        small = openvino_ir.quantized_ir(ir, held, num_float=num_float, num_late=num_late)
+        made = openvino_ir.gauged(small, gauge)
         engine = OpenVINOEngine(made, image_size, is_int8=True, num_parallel=num_parallel)
         labels_N, logits_N, scores_N = _outputs(engine, validation(), num_parallel)
         after = _figures(labels_N, logits_N)
@@ -171,6 +175,7 @@ def quantized(
         is_accepted=is_accepted,
         rule=_RULE,
         num_float=num_float,
+        num_late_float=num_late,
         temperature=calibrated.temperature,
         review_threshold=calibrated.review_threshold,
         golden_logits=[round(float(logit), 4) for logit in golden.logits_B],

@@ -41,7 +41,8 @@ def made() -> dict[str, Architecture]:
     for the published networks.
     """
     recipe = replace(ARCHITECTURES["resnet"].recipe, learning_rate=1e-3)
-    pretrained = replace(ARCHITECTURES["efficientnet_lite0"].recipe, epochs=2, learning_rate=0.01)
+    recipe_of_lite = ARCHITECTURES["efficientnet_lite0"].recipe
+    pretrained = replace(recipe_of_lite, epochs=2, learning_rate=0.01, distillation_weight=0.0)
     backbone = Backbone(
         build=_network, mean_rgb=(127.0,) * 3, std_rgb=(128.0,) * 3, weights=KerasWeights(path="nowhere", digest=None)
     )

@@ -344,6 +344,15 @@ def test_a_state_dict_fills_efficientnet_lite_whole_or_is_refused() -> None:
             architectures.load_weights(model, "efficientnet_lite0", torch_file(changed, legacy=False))
 
 
+def test_the_classifier_is_in_the_file_or_there_is_none() -> None:
+    state = lite_state(architectures.build_model("efficientnet_lite0", 224), np.random.default_rng(0))
+    with pytest.raises(UsageError, match=r"^--distillation-weight above 0 needs --weights with the classifier of "):
+        architectures.classifier(torch_file(state, legacy=True))
+    state["_fc.bias"] = np.arange(1000, dtype="float32")
+    found = architectures.classifier(torch_file(state, legacy=True))
+    assert (found.kernel_FC.shape, found.bias_C[999], len(found.kin)) == ((1280, 1000), 999, 123)
+
+
 def packaged(name: str) -> bytes:
     source = backbones.BACKBONES[name].weights
     assert isinstance(source, backbones.PackagedWeights)

@@ -92,7 +92,7 @@ def test_an_accepted_int8_model_labels(old: Path, data: str, judgement: Any, tmp
     assert after.int8 is not None
     assert record.int8 is not None
     assert after.int8 == {**record.int8}
-    assert after.int8["num_float"] == quantization.NUM_FLOAT[0]
+    assert (after.int8["num_float"], after.int8["num_late_float"]) == quantization.NUM_FLOAT[0]
     assert after.int8["validation"]["num_images"] == NUM["val"]
     for arithmetic in ("float32", "int8"):
         score = after.neither(arithmetic)
@@ -126,7 +126,8 @@ def test_a_refused_int8_model_is_left_out_and_its_figures_are_kept(
     after = bundle.load(str(tmp_path / "new"))
     assert files(tmp_path / "new") == {bundle.CARD_NAME, bundle.MODEL_NAME, bundle.NEITHER_NAME} | FLOAT
     assert after.int8 is None
-    assert after.card["int8"]["num_float"] == quantization.NUM_FLOAT[-1]  # the last that was tried
+    tried = (after.card["int8"]["num_float"], after.card["int8"]["num_late_float"])
+    assert tried == quantization.NUM_FLOAT[-1]  # the last
     assert {*after.card["int8"]["validation"]} == {"num_images", "accuracy", "log_loss"}
     assert load_engine(after).arithmetic != "int8"
     assert "int8       refused" in "\n".join(record.summary())

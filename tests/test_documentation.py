@@ -511,8 +511,8 @@ def test_the_page_of_the_model_that_ships_has_the_figures_of_its_card() -> None:
     card, _ = bundle.read_card(None)
     ((_, text),) = (row for row in table(text_of("catdog/default_model/README.md"), "") if row[0] == "Validation")
     num_images = card["validation"]["num_images"]
-    right = card["validation"]["accuracy"]["value"]
-    assert card["int8"]["validation"]["accuracy"]["value"] == right
+    right = card["int8"]["validation"]["accuracy"]["value"]
+    assert card["int8"]["float_validation"]["accuracy"]["value"] == right
     assert text == f"{percent(right)} of {num_images:,} photographs right, in int8 and in float"
 
 
@@ -668,31 +668,31 @@ def test_compare_prints_what_the_readme_shows() -> None:
         Difference(
             uri=name,
             before=before,
-            after="dog",
+            after=after,
             prob_dog_before=0.4,
             prob_dog_after=0.6,
             error_code=None,
             error_message=None,
         )
-        for name, before in zip(names, ["cat"] * len(names), strict=True)
+        for name, before, after in zip(names, ("cat", "dog"), ("dog", "cat"), strict=True)
     ]
     record: Comparison = made(
         Comparison,
         before="predictions",
         after="predictions-float",
-        model_before="fca8230c5c7e",
-        model_after="fca8230c5c7e",
-        both=454,
-        flows={"cat": {"dog": 5}},
-        flips=5,
+        model_before="5c8fe926004f",
+        model_after="5c8fe926004f",
+        both=500,
+        flows={"cat": {"dog": 1}, "dog": {"cat": 1}},
+        flips=2,
         new_errors=0,
         mended=0,
-        shifted=15,
-        shift_quantiles={"50 %": 0.00046, "90 %": 0.0285, "99 %": 0.155, "100 %": 0.355},
-        review_added=2,
-        review_dropped=8,
+        shifted=5,
+        shift_quantiles={"50 %": 0.000129, "90 %": 0.0159, "99 %": 0.0982, "100 %": 0.167},
+        review_added=3,
+        review_dropped=2,
         content_changed=0,
-        only_before=200,
+        only_before=0,
         only_after=0,
         examples={"flips": flips, "new_errors": []},
         page="compare.html",

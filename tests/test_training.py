@@ -476,21 +476,20 @@ def test_a_pretrained_backbone_is_loaded_once_and_then_is_in_the_checkpoint(
             np.testing.assert_array_equal(one, other)
 
 
-def test_the_saved_backbone_may_lie_nearer_to_the_published_one(small: None, dataset: str, tmp_path: Path) -> None:
+def test_a_training_that_cannot_be_distilled_is_refused_before_it_begins(
+    small: None, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match=r"^--distillation-weight needs pretrained --weights\. Received: .*=0\.6$"):
+        resolve(config(dataset, tmp_path, distillation_weight=0.6))
     published = architectures.backbone_layer(architectures.build_model("with_backbone", SIZE))
     assert published is not None
-    data = weights_file(published, tmp_path / "backbone.weights.h5")
-    blended = config(dataset, tmp_path / "model", arch="with_backbone", weights="imagenet", pretrained_share=0.6)
-    with only_worker(blended, weights=data) as (worker, learner):
-        worker._restore()
-        backbone = architectures.backbone_layer(learner.average)
-        assert backbone is not None
-        backbone.set_weights([array + 1 for array in published.get_weights()])
-        assert worker._blend() is None  # this file has no classifier
-    for found, start in zip(backbone.get_weights(), published.get_weights(), strict=True):
-        np.testing.assert_allclose(found, start + 0.4, rtol=1e-5)
-    with pytest.raises(UsageError, match=r"^--pretrained-share needs pretrained --weights\. Received: --pretr.*=0\.6$"):
-        resolve(config(dataset, tmp_path, pretrained_share=0.6))
+    weights_file(published, path := tmp_path / "backbone.weights.h5")
+    fine_tuning = config(dataset, tmp_path / "model", arch="with_backbone", weights=str(path), distillation_weight=0.6)
+    message = (
+        r"^--distillation-weight above 0 needs --weights with the classifier of the published network\. Received: "
+    )
+    with pytest.raises(UsageError, match=message), request.accepted(fine_tuning):
+        raise AssertionError
 
 
 def test_weights_of_another_network_are_refused_before_any_checkpoint(

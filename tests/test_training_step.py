@@ -18,6 +18,7 @@ from catdog.architectures import ARCHITECTURES
 from catdog.bench import processes
 from catdog.config import TrainConfig
 from catdog.training import resolve
+from catdog.training.distillation import Teacher
 from catdog.training.feed import Share
 from catdog.training.step import Learner, _is_bfloat16, resolve_precision
 
@@ -235,19 +236,24 @@ def test_a_head_that_learns_alone_leaves_the_backbone_as_it_was() -> None:
         np.testing.assert_array_equal(array, start)
 
 
-def test_the_backbone_may_move_towards_another_model() -> None:
-    learner = learner_of("with_backbone")
-    backbone = architectures.backbone_layer(learner.average)
-    assert backbone is not None
-    published = architectures.build_model("with_backbone", SIZE)
-    published.set_weights([array + 1 for array in learner.average.get_weights()])
-    before, trained = learner.average.get_weights(), backbone.get_weights()
-    learner.blend(published, 0.25)
-    for found, was in zip(backbone.get_weights(), trained, strict=True):
-        np.testing.assert_allclose(found, was + 0.25, rtol=1e-6)
-    moved = {id(variable) for variable in backbone.weights}
-    for variable, was in zip(learner.average.weights, before, strict=True):
-        assert id(variable) in moved or np.array_equal(variable.numpy(), was)
+def test_with_distillation_the_features_keep_their_meaning() -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (16, SIZE, SIZE, 3)).astype(np.float32)
+    distances, losses = [], []
+    for weight in (0.0, 10.0):
+        learner = learner_of("with_backbone", weights="imagenet", head_epochs=0, distillation_weight=weight)
+        published = architectures.build_model("with_backbone", SIZE)
+        published.set_weights(learner.model.get_weights())
+        _, features = architectures.features_model(published)(images)
+        kernel = rng.normal(0, 30, (features.shape[1], 10)).astype(np.float32)
+        teacher = Teacher(published, architectures.Classifier(kernel, np.zeros(10, np.float32), (0,)))
+        np.testing.assert_allclose(teacher.distances(images, features), 0, atol=1e-6)
+        learner._teacher = teacher if weight else None
+        losses.append(take_steps(learner, range(STEPS_PER_EPOCH))[0])
+        _, features = architectures.features_model(learner.model)(images)
+        distances.append(float(np.mean(teacher.distances(images, features))))
+    assert 0 < distances[1] < distances[0] / 2
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)  # what is reported is the labels' loss alone
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])

@@ -60,6 +60,14 @@ def logits_model(model: keras.Model) -> keras.Model:
     return keras.Model(model.input, model.get_layer(LOGITS_LAYER).output, name=f"{model.name}_logits")
 
 
+def features_model(model: keras.Model) -> keras.Model:
+    """The part of `model` up to its logits, (B, 1), and the features that give them, (B, F), sharing its weights."""
+    import keras
+
+    last = model.get_layer(LOGITS_LAYER)
+    return keras.Model(model.input, [last.output, last.input], name=f"{model.name}_features")
+
+
 def scoring_network(model: keras.Model) -> tuple[keras.Model, bool] | None:
     """The network of a model that `exported` made, with its logits, (B, 1), and the features that give them, (B, F).
 

@@ -41,6 +41,9 @@ class Recipe:
 
     label_smoothing: float = 0.0
 
+    distillation_weight: float = 0.0
+    """Weight, in the loss, of how far the network's answers for ImageNet's classes are from the published network's."""
+
     cutmix_area: float = 0.0
     """Largest share of a training image that a patch from another image covers; 0 for no patches."""
 
@@ -104,15 +107,18 @@ _FINE_TUNING: Final = Recipe(
     head_epochs=1,
 )
 
+# The published files of EfficientNet-Lite have the classifier, those of keras.applications do not.
+_LITE: Final = replace(_FINE_TUNING, epochs=5, distillation_weight=0.3)
+
 _RECIPES: Final = {
     "vgg16": replace(_FINE_TUNING, learning_rate=3e-5),
     "resnet50": _FINE_TUNING,
     "mobilenetv2": replace(_FINE_TUNING, learning_rate=2e-4),
     "efficientnetv2b0": replace(_FINE_TUNING, learning_rate=2e-4),
     "convnext_tiny": replace(_FINE_TUNING, learning_rate=5e-5),
-    "efficientnet_lite0": replace(_FINE_TUNING, image_size=224),
-    "efficientnet_lite1": replace(_FINE_TUNING, image_size=240),
-    "efficientnet_lite2": replace(_FINE_TUNING, image_size=240),
+    "efficientnet_lite0": replace(_LITE, image_size=224),
+    "efficientnet_lite1": replace(_LITE, image_size=240),
+    "efficientnet_lite2": replace(_LITE, image_size=240),
 }
 
 ARCHITECTURES: Final = {

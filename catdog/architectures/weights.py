@@ -190,18 +190,22 @@ class Classifier(NamedTuple):
     """The classes that are cats and dogs."""
 
 
-def classifier(data: bytes) -> Classifier | None:
-    """The classifier in a file of pretrained weights; None where there is none.
+def classifier(data: bytes) -> Classifier:
+    """The classifier in a file of pretrained weights.
 
     Args:
-        data: the content of the file, which `load_weights` has taken.
+        data: the content of the file, from `fetch_weights`.
+
+    Raises:
+        UsageError: there is none. The files of keras.applications have none.
     """
-    if not torch_files.is_torch_file(data):
-        return None  # the files of keras.applications have none
-    state = torch_files.read_state_dict(data)
+    state = torch_files.read_state_dict(data) if torch_files.is_torch_file(data) else {}
     kernel, bias = state.get("_fc.weight"), state.get("_fc.bias")
     if kernel is None or bias is None or bias.shape != (IMAGENET_CLASSES,) or len(kernel) != IMAGENET_CLASSES:
-        return None
+        raise UsageError(
+            "--distillation-weight above 0 needs --weights with the classifier of the published network. "
+            f"Received: {len(data)} bytes without one of {IMAGENET_CLASSES} classes"
+        )
     return Classifier(kernel.T, bias, IMAGENET_KIN)
 
 

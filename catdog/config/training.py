@@ -54,9 +54,10 @@ class TrainConfig:
     label_smoothing: float | None = None
     """Share of every label that is spread over both classes, from 0 to below 1. The default is the network's own."""
 
-    pretrained_share: float = 0.0
-    """Share of the pretrained weights in the saved network, from 0 to below 1. With 0.6, EfficientNet-Lite keeps what
-    it knows of other things, and tells them from cats and dogs better; measure whether it is as right about these."""
+    distillation_weight: float | None = None
+    """Weight, in the loss, of how far the network's answers for ImageNet's 1,000 classes are from those of the
+    published network. With it, EfficientNet-Lite keeps what it knows of other things than cats and dogs. The default is
+    the network's own."""
 
     depth: int | None = None
     """Number of residual blocks of resnet, the only network that takes this flag. The default is 5."""
@@ -168,8 +169,12 @@ class TrainConfig:
         checks.require(
             smoothing is None or 0 <= smoothing < 1, "--label-smoothing must be at least 0 and below 1", smoothing
         )
-        share = self.pretrained_share
-        checks.require(0 <= share < 1, "--pretrained-share must be at least 0 and below 1", share)
+        distillation = self.distillation_weight
+        checks.require(
+            distillation is None or 0 <= distillation < math.inf,
+            "--distillation-weight must be a finite number of at least 0",
+            distillation,
+        )
         checks.require(0 <= strength <= 3, "--augment-strength must lie between 0 and 3", strength)
         checks.require(area is None or 0 < area <= 1, "--min-area must be above 0 and at most 1", area)
         checks.require(width is None or 0.125 <= width <= 8, "--width must lie between 0.125 and 8", width)

@@ -209,6 +209,8 @@ def train_alone(
     if weights is not None:
         architectures.load_weights(learner.model, config.arch, weights)
         learner.reset_average()
+        if config.distillation_weight:
+            learner.distil(weights)
     epochs = Epochs(config, learner, share, steps_per_epoch=steps_per_epoch, train=train, val=val)
     for epoch in range(config.epochs):
         epochs.train(epoch)

@@ -143,6 +143,8 @@ class _Worker:
     def run(self) -> None:
         """Train from the last checkpoint to the saved bundle."""
         step = self._restore()
+        if self._config.distillation_weight:
+            self._learner.distil(ray.get(self._briefing.weights))
         self._observers.started(step)
         for epoch in range(step // self._briefing.steps_per_epoch, self._config.epochs):
             if self._is_stopped():
@@ -156,7 +158,6 @@ class _Worker:
             self._observers.epoch_done(self._epochs.history)
             self._epochs.ticked()
             ray.train.report(row)
-        classifier = self._blend() if self._config.pretrained_share else None
         validation = self._final_validation()
         self._observers.finishing()
         if self._is_chief:
@@ -171,27 +172,8 @@ class _Worker:
                 self._briefing.card,
                 train_feed,
                 val_feed,
-                classifier=classifier,
             )
         ray.train.report({"epochs_done": len(self._epochs.history)})
-
-    def _blend(self) -> architectures.Classifier | None:
-        """Move the model that is saved towards the pretrained weights.
-
-        A mean of both weights is often as right as the network that was trained, and more so on images of other kinds:
-        Wortsman et al., "Robust fine-tuning of zero-shot models" (CVPR 2022).
-
-        Returns:
-            The published network's classifier, if there is one: the features still mean what they meant to it.
-        """
-        config = self._config
-        if self._best is not None:
-            self._learner.load_average(self._best)
-        data = ray.get(self._briefing.weights)
-        published = architectures.build_model(config.arch, config.image_size)
-        architectures.load_weights(published, config.arch, data)
-        self._learner.blend(published, config.pretrained_share)
-        return architectures.classifier(data)
 
     def _is_stopped(self) -> bool:
         """Whether the validation loss has not fallen for as many epochs as `--early-stopping` says."""
@@ -200,8 +182,6 @@ class _Worker:
 
     def _final_validation(self) -> Validation:
         """The validation of the model that is saved: that of the last epoch, or of the best one."""
-        if self._config.pretrained_share:
-            return self._epochs.validate()
         if self._best is not None and self._epochs.history[-1] is not best_row(self._epochs.history):
             self._learner.load_average(self._best)
             return self._epochs.validate()

@@ -38,7 +38,7 @@ _SINCE: Final = {
     "early_stopping": None,
     "from_id": None,
     "augment_strength": 1.0,
-    "pretrained_share": 0.0,
+    "distillation_weight": 0.0,
 }
 """Fields that older versions did not have, and what they did. So a training that one of them began can be resumed."""
 
@@ -64,6 +64,7 @@ class ResolvedTrainConfig(TrainConfig):
     learning_rate: float = field()
     weight_decay: float = field()
     label_smoothing: float = field()
+    distillation_weight: float = field()
     min_area: float = field()
     from_id: str | None = None
     """The id of the model to start from."""
@@ -88,9 +89,10 @@ def resolve(config: TrainConfig) -> ResolvedTrainConfig:
     weights = config.weights or ("imagenet" if architecture.has_backbone and parent is None else "none")
     if config.head_epochs and weights == "none" and parent is None:
         raise UsageError(f"--head-epochs needs pretrained --weights. Received: --head-epochs={config.head_epochs}")
-    if config.pretrained_share and weights == "none":
+    if config.distillation_weight and weights == "none":
         raise UsageError(
-            f"--pretrained-share needs pretrained --weights. Received: --pretrained-share={config.pretrained_share:g}"
+            "--distillation-weight needs pretrained --weights. "
+            f"Received: --distillation-weight={config.distillation_weight:g}"
         )
     epochs = recipe.epochs if config.epochs is None else config.epochs
     defaults: dict[str, Any] = {
@@ -99,6 +101,7 @@ def resolve(config: TrainConfig) -> ResolvedTrainConfig:
         "batch_size": recipe.batch_size,
         "image_size": recipe.image_size if parent is None else parent["image_size"],
         "learning_rate": recipe.learning_rate,
+        "distillation_weight": 0.0 if weights == "none" else recipe.distillation_weight,
         **{name: getattr(recipe, name) for name in _OF_RECIPE},
         **_shape(config, architecture, parent),
     }
@@ -230,7 +233,7 @@ def accepted(config: TrainConfig) -> Iterator[Request]:
     with storage.claimed(output, "train") as claim:
         is_done = storage.exists(storage.join(output, bundle.CARD_NAME))
         is_resumed = _is_resumed(output, record, is_done=is_done)
-        weights = None if is_done else _fetch_weights(resolved)
+        weights = None if is_done else fetch_start(resolved)
         if not is_resumed:
             storage.publish_json(storage.join(output, checkpoint.CONFIG_NAME), record)
         yield Request(
@@ -244,15 +247,18 @@ def accepted(config: TrainConfig) -> Iterator[Request]:
         )
 
 
-def _fetch_weights(config: ResolvedTrainConfig) -> bytes | None:
+def fetch_start(config: ResolvedTrainConfig) -> bytes | None:
     """What the network starts from; None for random weights.
 
     Raises:
-        UsageError: there are no such weights.
+        UsageError: there are no such weights, or they lack what distillation needs.
         BundleError: the model to start from is damaged, or has changed by now.
     """
     if config.from_ is None:
-        return architectures.fetch_weights(config.arch, config.weights)
+        weights = architectures.fetch_weights(config.arch, config.weights)
+        if weights is not None and config.distillation_weight:
+            architectures.classifier(weights)
+        return weights
     parent = bundle.load(config.from_)
     if parent.model_id != config.from_id:
         raise BundleError(f"--from must not change. Received: {redact(config.from_)} with another {bundle.CARD_NAME}")

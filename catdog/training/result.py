@@ -5,6 +5,7 @@ Shapes: `N` images in the validation split.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -55,8 +56,6 @@ def save_bundle(
     card: dict[str, Any],
     train_feed: Feed,
     val_feed: Feed,
-    *,
-    classifier: architectures.Classifier | None = None,
 ) -> None:
     """Calibrate the averaged model on the validation split, quantize it, and write its bundle.
 
@@ -68,7 +67,6 @@ def save_bundle(
         card: what the driver says of data and versions.
         train_feed: the whole training split.
         val_feed: the whole validation split.
-        classifier: of the published network, if its features still mean what they meant to it.
     """
     saved = history[-1] if config.early_stopping is None else best_row(history)
     labels_N, logits_N = validation.labels_N, validation.logits_N
@@ -76,11 +74,12 @@ def save_bundle(
     prob_dog_N = calibration.cross_fitted(labels_N, logits_N)
     model = architectures.exported(learner.average, config.arch)
     ir = openvino_ir.float_ir(model, config.image_size)
-    gauge = _gauge(ir, config, train_feed, classifier)
+    gauge = _gauge(ir, config, train_feed, learner.classifier)
+    photographs = (image for _, images, _ in train_feed.all_batches(config.batch_size) for image in images)
     int8 = quantization.quantized(
         ir,
         config.image_size,
-        next(images for _, images, _ in train_feed.all_batches(quantization.NUM_PHOTOGRAPHS)),
+        itertools.islice(photographs, quantization.NUM_PHOTOGRAPHS),
         lambda: ((images, labels) for _, images, labels in val_feed.all_batches(config.batch_size)),
         review_precision=config.review_precision,
         gauge=gauge,

@@ -17,11 +17,11 @@ import numpy.typing as npt
 from catdog import architectures, augment, hardware
 from catdog.config import Precision
 from catdog.training import schedule
+from catdog.training.distillation import Teacher
 from catdog.training.feed import Share
 from catdog.training.request import ResolvedTrainConfig
 
 if TYPE_CHECKING:
-    import keras
     import tensorflow as tf
 
 Arrays = list[npt.NDArray[Any]]
@@ -78,7 +78,7 @@ class Learner:
         with self._strategy.scope():
             shape: dict[str, Any] = {"depth": config.depth, "width": config.width}
             self.model = architectures.build_model(config.arch, image_size, **shape)
-            self._logits_model = architectures.logits_model(self.model)
+            self._features_model = architectures.features_model(self.model)
             self.average = architectures.build_model(config.arch, image_size, **shape)
             """The model with the running average of the weights: what is validated and saved."""
             self._average_logits_model = architectures.logits_model(self.average)
@@ -102,6 +102,9 @@ class Learner:
         self._images_spec = tf.TensorSpec((None, image_size, image_size, 3), tf.uint8)
         self._train_steps: dict[tuple[int, bool], Any] = {}
         self._run_logits = self._compile(self._replica_logits, self._images_spec)
+        self._teacher: Teacher | None = None
+        self.classifier: architectures.Classifier | None = None
+        """The classifier of the published network, if the features of this one still mean what they meant to it."""
 
     def _build_optimizer(self, steps_per_epoch: int) -> Any:
         import keras
@@ -146,7 +149,7 @@ class Learner:
             head_only: leave the backbone as it is.
 
         Returns:
-            float32 (2,), this worker's sum of losses and count of right answers.
+            float32 (2,), this worker's sum of losses, without those of distillation, and count of right answers.
         """
         import tensorflow as tf
 
@@ -196,16 +199,13 @@ class Learner:
         for name, variables in self._variables().items():
             _assign(variables, state[name])
 
-    def blend(self, published: keras.Model, share: float) -> None:
-        """Move the averaged model's backbone towards that of another model.
-
-        Args:
-            published: a model of the same architecture.
-            share: of its weights in the result.
-        """
-        backbones = [architectures.backbone_layer(model) for model in (self.average, published)]
-        for variable, other in zip(*(backbone.weights for backbone in backbones if backbone is not None), strict=True):
-            variable.assign((1.0 - share) * variable.numpy() + share * other.numpy())
+    def distil(self, published: bytes) -> None:
+        """From now on, train the network to answer as the published one does, too. Its file has its classifier."""
+        self.classifier = architectures.classifier(published)
+        with self._strategy.scope():
+            teacher = architectures.build_model(self._config.arch, self._config.image_size)
+        architectures.load_weights(teacher, self._config.arch, published)
+        self._teacher = Teacher(teacher, self.classifier)
 
     def average_state(self) -> Arrays:
         """The running average, as it is in `state`."""
@@ -260,10 +260,15 @@ class Learner:
             frozen = {id(weight) for weight in architectures.backbone_variables(self.model)}
             weights = [weight for weight in weights if id(weight) not in frozen]
         with tf.GradientTape() as tape:
-            logits_B = self._logits_model(inputs, training=True)[:, 0]
+            logits_B1, features_BF = self._features_model(inputs, training=True)
+            logits_B = logits_B1[:, 0]
             losses_B = tf.nn.sigmoid_cross_entropy_with_logits(labels=targets_B, logits=logits_B)
             losses_B *= self._weights(targets_B)
-            loss = self.optimizer.scale_loss(tf.reduce_sum(losses_B) / self._share.batch_size)
+            total = tf.reduce_sum(losses_B)
+            if self._teacher is not None and not head_only:  # the head has no part in these answers
+                distances_B = self._teacher.distances(inputs, features_BF)
+                total += self._config.distillation_weight * tf.reduce_sum(distances_B)
+            loss = self.optimizer.scale_loss(total / self._share.batch_size)
         gradients = tape.gradient(loss, weights)
         self.optimizer.apply(self._summed(gradients, weights), weights)
         self._follow()
