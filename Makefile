@@ -30,7 +30,8 @@ check: $(INSTALLED)
 # Makes anew the model that ships with catdog: make default-model IMAGES='train-*.zip'
 default-model: $(INSTALLED)
 	$(BIN)/catdog prepare --images '$(IMAGES)' --output build/data
-	$(BIN)/catdog train --data build/data --output build/model --arch efficientnet_lite2 --num-workers 2
+	$(BIN)/catdog train --data build/data --output build/model --arch efficientnet_lite2 --num-workers 2 \
+		--review-precision 0.997
 	cp build/model/*.json build/model/*.keras build/model/*.npz build/model/*.csv build/model/*.png catdog/default_model/
 	cp build/model/openvino/* catdog/default_model/openvino/
 	rm catdog/default_model/train.json
