@@ -22,9 +22,17 @@ fi
 
 child=
 signalled=
+told=
 pass_on() {
   signalled=yes
-  [ -z "$child" ] || kill -TERM "$child" 2>/dev/null
+  tell
+}
+# Tells the child, once. One that has not begun its command yet would lose the signal: hence the second.
+tell() {
+  [ -n "$child" ] && [ -z "$told" ] || return 0
+  told=yes
+  sleep 1
+  kill -TERM "$child" 2>/dev/null
 }
 trap pass_on HUP INT TERM
 
@@ -36,7 +44,7 @@ run() {
   fi
   "$@" & # it inherits the lock, and holds it as long as it lives
   child=$!
-  [ -z "$signalled" ] || kill -TERM "$child" 2>/dev/null
+  [ -z "$signalled" ] || tell
   while :; do
     wait "$child"
     code=$?
