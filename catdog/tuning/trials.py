@@ -21,7 +21,7 @@ import ray.tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from catdog import architectures, hardware, provenance, ray_internals, scratch
+from catdog import hardware, provenance, ray_internals, scratch
 from catdog.config import TuneConfig
 from catdog.dataset.reading import DatasetInfo
 from catdog.errors import CatdogError, TrainingError
@@ -30,6 +30,7 @@ from catdog.records import percent, plural
 from catdog.training import ResolvedTrainConfig, decoding
 from catdog.training.decoding import Source
 from catdog.training.group import class_weights
+from catdog.training.request import fetch_start
 from catdog.tuning.journal import FINISHED, Journal, Status, Trial
 from catdog.tuning.space import SETTINGS, Choices, Space, start_of
 from catdog.tuning.trial import Assignment, Trainable
@@ -276,7 +277,7 @@ def _capacity(config: TuneConfig) -> int:
 
 
 def _assignment(base: ResolvedTrainConfig, space: Space, info: DatasetInfo) -> Assignment:
-    weights = architectures.fetch_weights(base.arch, base.weights)
+    weights = fetch_start(base)
     return Assignment(
         base=base,
         sources=_sources(_image_sizes(base, space), info),
