@@ -980,4 +980,5 @@ def test_a_training_whose_controller_is_killed_ends_and_leaves_its_last_checkpoi
 
     with pytest.raises(TrainingError, match=r"the same command again goes on from the last checkpoint\."):
         train(config(dataset, tmp_path / "model", num_workers=1), observers=[lambda worker: Killer()])
-    assert checkpoint.latest_step(str(tmp_path / "model")) == CHECKPOINT_STEPS
+    # The worker lives a moment longer than the controller: long enough for another checkpoint, if the machine is busy.
+    assert checkpoint.latest_step(str(tmp_path / "model")) in (CHECKPOINT_STEPS, 2 * CHECKPOINT_STEPS)
