@@ -234,7 +234,7 @@ def parquet_bytes(**columns: list[str]) -> bytes:
         *(("t.csv", data) for data in (b"", b"\n\n", b"path\n", b"path\n\n")),
         *(("t.jsonl", data) for data in (b"", b"\n")),
         ("t.txt", b""),
-        ("t.csv.gz", gzip.compress(b"")),
+        ("t.csv.gz", gzip.compress(b"", mtime=0)),
         *(("t.parquet", data) for data in (parquet_bytes(), parquet_bytes(uri=[]))),
     ],
 )
