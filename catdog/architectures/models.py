@@ -77,11 +77,11 @@ def scoring_network(model: keras.Model) -> tuple[keras.Model, bool] | None:
     """
     import keras
 
-    network = mirrored_network(model)
-    last = (network or model).get_layer(LOGITS_LAYER)
-    if not isinstance(last, keras.layers.Dense):
+    mirrored = mirrored_network(model)
+    network = mirrored or model
+    if not isinstance(network.get_layer(LOGITS_LAYER), keras.layers.Dense):
         return None
-    return keras.Model((network or model).input, [last.output, last.input]), network is not None
+    return features_model(network), mirrored is not None
 
 
 def exported(model: keras.Model, name: str) -> keras.Model:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Final, Protocol, TypedDict, TypeVar
+from typing import Any, ClassVar, Final, Protocol, TypeVar
 
 from catdog import provenance, storage
 from catdog.errors import UsageError
@@ -39,17 +39,6 @@ class BenchRecord(Record):
         found = super().to_dict()
         how = {name: found.pop(name) for name in _LAST}
         return found | how
-
-
-class _Common(TypedDict):
-    """The fields that every bench fills alike."""
-
-    output: str
-    host: Host
-    load_average: float
-    config: dict[str, Any]
-    versions: dict[str, str]
-    duration_s: float
 
 
 class _Config(Protocol):
@@ -89,16 +78,16 @@ class Begun:
         storage.publish_json(storage.join(self.output, self._kind.file_name), {"command": self._kind.command})
         return urls
 
-    def common(self, more_versions: Mapping[str, str] | None = None) -> _Common:
+    def common(self, more_versions: Mapping[str, str] | None = None) -> dict[str, Any]:
         """The fields of the record that every bench fills alike."""
-        return _Common(
-            output=provenance.redact(self.output),
-            host=provenance.host(),
-            load_average=self._load_average,
-            config=provenance.configuration(self._config),
-            versions={**provenance.versions(), **(more_versions or {})},
-            duration_s=round(time.monotonic() - self._started, 1),
-        )
+        return {
+            "output": provenance.redact(self.output),
+            "host": provenance.host(),
+            "load_average": self._load_average,
+            "config": provenance.configuration(self._config),
+            "versions": {**provenance.versions(), **(more_versions or {})},
+            "duration_s": round(time.monotonic() - self._started, 1),
+        }
 
     def publish(self, record: _RecordT) -> _RecordT:
         """Write the record, and return it."""

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from catdog.config.labelling import BEGIN_VARIABLE
 from catdog.errors import CatdogError
 
 logger = logging.getLogger(__name__)
@@ -37,9 +38,6 @@ _GRACE_S: Final = 5.0
 """For how long a child may go on that was told twice to end."""
 
 _HANDLED: Final = frozenset({signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGTSTP})
-
-_BEGIN_VARIABLE: Final = "CATDOG_BEGIN"
-"""`catdog.inference.draining.BEGIN_VARIABLE`, of a module that is too heavy for the parent."""
 
 _PR_SET_PDEATHSIG: Final = 1
 """Linux: the signal that a process gets when its parent dies."""
@@ -60,7 +58,7 @@ def outlive_deaths() -> Callable[[], None]:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
-    os.environ.setdefault(_BEGIN_VARIABLE, str(time.time()))  # all children count their deadline from here
+    os.environ.setdefault(BEGIN_VARIABLE, str(time.time()))  # all children count their deadline from here
     parent, on_child = os.getpid(), signal.signal(signal.SIGCHLD, lambda *_: None)  # to ignore it would be to lose it
     while True:
         has_progressed[0] = 0

@@ -1,11 +1,16 @@
 """The configurations of the jobs that label images: `catdog evaluate` and `catdog predict`."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 from catdog.config import checks
 from catdog.config.choices import EngineName, Executor, Split
 from catdog.errors import UsageError
+
+BEGIN_VARIABLE: Final = "CATDOG_BEGIN"
+"""The environment variable that says when a job began whose command was started again, in seconds since 1970. So a
+deadline that came in between is not taken for that of the next day. `nightly.sh` sets it, and the process that starts
+one that labels anew after its death."""
 
 
 @dataclass(frozen=True, kw_only=True)

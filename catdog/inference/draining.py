@@ -14,16 +14,12 @@ from datetime import datetime, timedelta
 from types import FrameType
 from typing import Final
 
+from catdog.config.labelling import BEGIN_VARIABLE
 from catdog.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
-
-BEGIN_VARIABLE: Final = "CATDOG_BEGIN"
-"""The environment variable that says when a job began whose command was started again, in seconds since 1970. So a
-deadline that came in between is not taken for that of the next day. `nightly.sh` sets it, and the process that starts
-one that labels anew after its death."""
 
 
 class Drain:
